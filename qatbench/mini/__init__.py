@@ -1,0 +1,1 @@
+"""The built-in benchmark: a seeded generator that writes the ScienceQA layout."""

@@ -1,0 +1,1 @@
+"""Quantization: the grid, packing, round to nearest, LSQ, and the library backends."""

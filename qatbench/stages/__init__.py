@@ -1,0 +1,1 @@
+"""Stages: each reads one artifact and writes the next."""

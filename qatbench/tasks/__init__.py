@@ -1,0 +1,1 @@
+"""Tasks: data set -> Question, the one prompt renderer and answer extractor per protocol."""

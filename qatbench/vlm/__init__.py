@@ -1,0 +1,1 @@
+"""Models: architecture facts, loading, batching, option scoring and generation."""
