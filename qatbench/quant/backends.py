@@ -1,0 +1,161 @@
+"""GPTQ and AWQ through gptqmodel.
+
+The library calibrates and solves; this module gives it the calibration batches exactly as the
+model will be asked, and takes codes, zero points and scales at the moment when the library would
+pack them. Packing is left to this project's exporter, so every method's checkpoint is alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qatbench.errors import NumericsError, PrerequisiteError
+from qatbench.quant.grid import Grid
+from qatbench.quant.result import Quantized, QuantizedLinear
+
+PROCESSORS = ("gptqmodel.looper.gptq_processor", "gptqmodel.looper.awq_processor")
+CALIBRATION_DTYPE = torch.float32
+
+
+def solve(
+    method: str,
+    path: Path,
+    names: Sequence[str],
+    grid: Grid,
+    batches: Sequence[dict[str, Tensor]],
+    *,
+    device: str,
+    dtype: torch.dtype = CALIBRATION_DTYPE,
+    progress: Callable[[int, int], None],
+) -> Quantized:
+    """Run the library's GPTQ (symmetric) or AWQ (asymmetric) on a model folder.
+
+    Args:
+        method: `gptq` or `awq`.
+        path: 16-bit model folder.
+        names: every linear to quantize, by its name in memory.
+        grid: bits and group size.
+        batches: model inputs of one calibration sample each, unpadded.
+        device: torch device name.
+        dtype: of weights and activations while calibrating.
+        progress: called as (linears done, linears in all).
+
+    Raises: PrerequisiteError when the library is missing or of another build; NumericsError when
+        it left a linear out.
+    """
+    if not batches:
+        raise PrerequisiteError("no calibration samples", hint="--calib TASK:SPLIT")
+    found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def take(name: str, q_scales: Tensor, q_zeros: Tensor, layers: Any, **_: Any) -> str:
+        # Runs on a thread of the library, which ends the whole process on any exception.
+        found[name] = (layers[name].weight.detach().clone(), q_scales, q_zeros)
+        progress(len(found), len(names))
+        return "handed over"
+
+    with quiet(), _hand_over(take):
+        model = _load(method, path, grid, device, dtype)
+        model.prepare_dataset = lambda *args, **kwargs: [dict(batch) for batch in batches]
+        model.quantize([{"input_ids": [0]}] * len(batches), batch_size=1)
+        others = {
+            key: value.detach().cpu()
+            for key, value in model.model.state_dict().items()
+            if method == "awq" and "norm" in key and value.is_floating_point()
+        }
+    missing = sorted(set(names) - set(found))
+    if missing or set(found) - set(names):
+        raise NumericsError(f"{method} left out {len(missing)} linears, e.g. {missing[:2]}")
+    linears = {name: _linear(*found[name], grid, name) for name in names}
+    layout = "gptq" if method == "gptq" else "awq" if grid.bits == 4 else "gptq_v2"
+    return Quantized(method, layout, linears, others)
+
+
+def _linear(
+    weight: Tensor, scales: Tensor, zeros: Tensor, grid: Grid, name: str
+) -> QuantizedLinear:
+    out, width = weight.shape
+    shape = (out, grid.groups(width, name))
+    # GPTQ hands over (out, groups), AWQ too; both are checked here, as codes are derived from them
+    if scales.shape != shape or zeros.shape != shape:
+        raise NumericsError(f"{name}: scales {tuple(scales.shape)} instead of {shape}")
+    return QuantizedLinear.from_affine(weight, scales.float(), zeros.float(), grid, name)
+
+
+def _load(method: str, path: Path, grid: Grid, device: str, dtype: torch.dtype) -> Any:
+    library = _library()
+    kinds = importlib.import_module("gptqmodel.quantization")
+    common = {
+        "bits": grid.bits,
+        "group_size": grid.group_size,
+        "desc_act": False,
+        "offload_to_disk": False,
+    }
+    if method == "gptq":
+        settings = library.QuantizeConfig(sym=True, **common)
+    else:
+        settings = library.QuantizeConfig(
+            method=kinds.METHOD.AWQ, format=kinds.FORMAT.GEMM, sym=False, **common
+        )
+    return library.GPTQModel.load(
+        str(path), settings, dtype=dtype, device=device, trust_remote_code=False
+    )
+
+
+def _library() -> Any:
+    # The library's worker pool fails on machines with few cores unless its size is given.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
+    try:
+        return importlib.import_module("gptqmodel")
+    except ImportError as error:
+        raise PrerequisiteError(
+            f"gptqmodel cannot be imported: {error}", hint="make setup"
+        ) from error
+
+
+@contextlib.contextmanager
+def _hand_over(take: Callable[..., str]) -> Iterator[None]:
+    """Replace the library's packing step by `take` for the time of one run.
+
+    Its packed modules are not made either: they exist for fp16 and bf16 only, while calibration
+    here is in fp32 by default.
+    """
+    _library()
+    instead = {"pack_module": take, "create_quant_module": lambda **_: None}
+    saved = []
+    for name in PROCESSORS:
+        module = importlib.import_module(name)
+        for attribute in instead:
+            if not hasattr(module, attribute):
+                raise PrerequisiteError(
+                    f"this gptqmodel has no {name}.{attribute}", hint="install gptqmodel 7.7"
+                )
+            saved.append((module, attribute, getattr(module, attribute)))
+    try:
+        for module, attribute, _ in saved:
+            setattr(module, attribute, instead[attribute])
+        yield
+    finally:
+        for module, attribute, original in saved:
+            setattr(module, attribute, original)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the library's banner, tables and bars off both streams; exceptions come through."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,286 @@
+"""Packed INT4 tensors: the GPTQ and AWQ layouts that other tools load.
+
+Both store unsigned fields, code + zero, in int32 words read as one little-endian bit stream: field
+i occupies bits [i * bits, (i + 1) * bits). At 3 bits fields straddle words (32 fields in 3 words).
+
+GPTQ  qweight (in * bits / 32, out): the stream runs down the inputs of an output.
+      qzeros (groups, out * bits / 32): the stream runs along the outputs; "v1" stores zero - 1.
+      scales (groups, out) fp16; g_idx (in,) int32 names each input's group.
+AWQ   qweight (in, out / 8), qzeros (groups, out / 8): the stream runs along the outputs, and every
+      eight of them are stored in the order 0, 2, 4, 6, 1, 3, 5, 7; zeros as they are; no g_idx.
+
+Source: gptqmodel 7.7.0, `nn_modules/qlinear/__init__.py`, `quantization/awq/utils/packing_utils.py`
+and `utils/model.py:convert_gptq_v1_to_v2_format_module`; the tests compare with all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qatbench.errors import ArtifactError, NumericsError, ShapeError, UsageError
+from qatbench.quant.grid import Grid, grouped
+
+WORD = 32
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Field k of an AWQ word holds output AWQ_ORDER[k] of its eight."""
+
+
+def pack_gptq(codes: Tensor, scales: Tensor, grid: Grid, *, name: str = "") -> dict[str, Tensor]:
+    """Symmetric codes and scales as the tensors of a GPTQ v1 linear.
+
+    Shapes: codes (out, in) int8; scales (out, groups), each value exact in fp16.
+    Returns: qweight, qzeros, g_idx (int32) and scales (fp16), laid out as above.
+    Raises: ShapeError if in * bits or out * bits is no multiple of 32, or the scales do not fit;
+        NumericsError if a code is off the grid or a scale is not an fp16 value.
+    """
+    half = _checked_scales(codes, scales, grid, name)
+    out_features, in_features = codes.shape
+    zeros = torch.full((half.shape[1], out_features), -grid.qmin - 1, device=codes.device)
+    span = in_features // half.shape[1]
+    return {
+        "qweight": pack_fields(codes.T.to(torch.int16) - grid.qmin, grid.bits, f"{name} inputs"),
+        "qzeros": pack_fields(zeros.T, grid.bits, f"{name} outputs").T.contiguous(),
+        "scales": half.T.contiguous(),
+        "g_idx": torch.arange(in_features, device=codes.device, dtype=torch.int32) // span,
+    }
+
+
+def unpack_gptq(
+    tensors: Mapping[str, Tensor], grid: Grid, *, name: str = ""
+) -> tuple[Tensor, Tensor]:
+    """Undo `pack_gptq` exactly.
+
+    Returns: codes (out, in) int8 and scales (out, groups) fp32.
+    Raises: ShapeError if the tensors do not belong together; ArtifactError if one is missing, a
+        zero point is not the symmetric one (stored as 2^(bits-1) - 1), or the inputs are not
+        grouped in order; see `dequantize_gptq`.
+    """
+    qweight, qzeros, scales, g_idx = (
+        _take(tensors, key, name) for key in ("qweight", "qzeros", "scales", "g_idx")
+    )
+    fields = unpack_fields(qweight, grid.bits, f"{name} qweight")
+    codes = (fields.to(torch.int16) + grid.qmin).to(torch.int8).T.contiguous()
+    groups = grouped(codes, grid, name)
+    _expect_shape(scales, (groups.shape[1], groups.shape[0]), f"{name} scales")
+    zeros = unpack_fields(qzeros.T, grid.bits, f"{name} qzeros").T
+    _expect_shape(zeros, tuple(scales.shape), f"{name} zeros")
+    if not (zeros == -grid.qmin - 1).all():
+        raise ArtifactError(
+            f"{name or 'layer'}: zero points are not those of a symmetric GPTQ v1 layer",
+            hint="it is asymmetric, or in the gptq_v2 format: read it with dequantize_gptq",
+        )
+    in_order = torch.arange(codes.shape[1], device=g_idx.device) // groups.shape[2]
+    if not torch.equal(g_idx.long(), in_order):
+        raise ArtifactError(
+            f"{name or 'layer'}: g_idx does not group the inputs in order (desc_act)",
+            hint="read it with dequantize_gptq",
+        )
+    return codes, scales.float().T.contiguous()
+
+
+def dequantize_gptq(
+    tensors: Mapping[str, Tensor], bits: int, group_size: int, *, v2: bool = False, name: str = ""
+) -> Tensor:
+    """Weights of any GPTQ linear: any zero points, any order of the groups.
+
+    `v2` says that the zeros are stored as they are (checkpoint_format "gptq_v2"). Without g_idx
+    the inputs are taken to be grouped in order, as vLLM does.
+
+    Returns: (out, in) fp32.
+    Raises: ShapeError if the tensors do not belong together; ArtifactError if a tensor is missing
+        or g_idx names a group that is not there.
+    """
+    qweight, qzeros, scales = (_take(tensors, key, name) for key in ("qweight", "qzeros", "scales"))
+    grid = Grid(bits, group_size)
+    fields = unpack_fields(qweight, bits, f"{name} qweight")
+    groups = grid.groups(fields.shape[0], name)
+    _expect_shape(scales, (groups, fields.shape[1]), f"{name} scales")
+    zeros = _stored_zeros(qzeros, bits, v2, name)
+    _expect_shape(zeros, tuple(scales.shape), f"{name} zeros")
+    g_idx = tensors.get("g_idx")
+    if g_idx is None:
+        g_idx = torch.arange(fields.shape[0], device=fields.device) // (fields.shape[0] // groups)
+    _expect_shape(g_idx, (fields.shape[0],), f"{name} g_idx")
+    if g_idx.min() < 0 or g_idx.max() >= groups:
+        raise ArtifactError(f"{name or 'layer'}: g_idx names a group beyond the {groups} there are")
+    row = g_idx.long()
+    return ((fields.float() - zeros.float()[row]) * scales.float()[row]).T.contiguous()
+
+
+def pack_awq(codes: Tensor, scales: Tensor, grid: Grid, *, name: str = "") -> dict[str, Tensor]:
+    """Symmetric 4-bit codes and scales as the tensors of an AWQ GEMM linear (zero point 8).
+
+    Shapes: codes (out, in) int8; scales (out, groups), each value exact in fp16.
+    Returns: qweight, qzeros (int32) and scales (fp16), laid out as above.
+    Raises: UsageError if the grid has not 4 bits; ShapeError if out is no multiple of 8, or the
+        scales do not fit; NumericsError if a code is off the grid or a scale is not an fp16 value.
+    """
+    _expect_four_bits(grid)
+    half = _checked_scales(codes, scales, grid, name)
+    zeros = torch.full((half.shape[1], codes.shape[0]), -grid.qmin, device=codes.device)
+    return {
+        "qweight": pack_awq_fields(codes.T.to(torch.int16) - grid.qmin, name),
+        "qzeros": pack_awq_fields(zeros, name),
+        "scales": half.T.contiguous(),
+    }
+
+
+def unpack_awq(
+    tensors: Mapping[str, Tensor], grid: Grid, *, name: str = ""
+) -> tuple[Tensor, Tensor]:
+    """Undo `pack_awq` exactly.
+
+    Returns: codes (out, in) int8 and scales (out, groups) fp32.
+    Raises: UsageError if the grid has not 4 bits; ShapeError if the tensors do not belong together;
+        ArtifactError if one is missing or a zero point is not 8.
+    """
+    _expect_four_bits(grid)
+    qweight, qzeros, scales = (_take(tensors, key, name) for key in ("qweight", "qzeros", "scales"))
+    fields, zeros = _unpack_awq_fields(qweight, name), _unpack_awq_fields(qzeros, name)
+    codes = (fields.to(torch.int16) + grid.qmin).to(torch.int8).T.contiguous()
+    groups = grouped(codes, grid, name)
+    _expect_shape(scales, (groups.shape[1], groups.shape[0]), f"{name} scales")
+    _expect_shape(zeros, tuple(scales.shape), f"{name} zeros")
+    if not (zeros == -grid.qmin).all():
+        raise ArtifactError(
+            f"{name or 'layer'}: zero points are not 8, the layer is asymmetric",
+            hint="read it with dequantize_awq",
+        )
+    return codes, scales.float().T.contiguous()
+
+
+def dequantize_awq(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int, *, name: str = ""
+) -> Tensor:
+    """Weights of an AWQ GEMM 4-bit linear with any zero points.
+
+    Returns: (out, in) fp32.
+    Raises: ShapeError if the tensors do not belong together.
+    """
+    fields, zeros = _unpack_awq_fields(qweight, name), _unpack_awq_fields(qzeros, name)
+    groups = Grid(4, group_size).groups(fields.shape[0], name)
+    _expect_shape(scales, (groups, fields.shape[1]), f"{name} scales")
+    _expect_shape(zeros, tuple(scales.shape), f"{name} zeros")
+    signed = fields.float().reshape(groups, -1, fields.shape[1]) - zeros.float().unsqueeze(1)
+    return (signed * scales.float().unsqueeze(1)).flatten(0, 1).T.contiguous()
+
+
+def pack_fields(fields: Tensor, bits: int, name: str = "") -> Tensor:
+    """Unsigned fields (n, m) as a bit stream down dim 0: (n * bits / 32, m) int32.
+
+    Raises: ShapeError if n * bits is no multiple of 32.
+    """
+    count, columns = fields.shape
+    if count * bits % WORD:
+        raise ShapeError(
+            f"{name.strip() or 'layer'}: {count} fields of {bits} bits do not fill 32-bit words",
+            hint=f"make the size a multiple of {_period(bits)}, or leave this layer in 16 bits",
+        )
+    periods = fields.reshape(-1, _period(bits), columns)
+    shape = (periods.shape[0], _period(bits) * bits // WORD, columns)
+    words = torch.zeros(shape, dtype=torch.int64, device=fields.device)
+    for i in range(_period(bits)):
+        word, shift = divmod(i * bits, WORD)
+        field = periods[:, i].long()
+        words[:, word] |= field << shift
+        if shift + bits > WORD:
+            words[:, word + 1] |= field >> (WORD - shift)
+    low = words.flatten(0, 1) & 0xFFFFFFFF
+    return ((low ^ 0x80000000) - 0x80000000).to(torch.int32)  # two's complement, no overflow
+
+
+def unpack_fields(words: Tensor, bits: int, name: str = "") -> Tensor:
+    """Undo `pack_fields`: (n * bits / 32, m) int32 -> (n, m) uint8.
+
+    Raises: ShapeError if the words are not an int32 matrix that holds whole periods.
+    """
+    stride = _period(bits) * bits // WORD
+    if words.ndim != 2 or words.dtype != torch.int32 or words.shape[0] % stride:
+        raise ShapeError(
+            f"{name.strip() or 'layer'}: {tuple(words.shape)} {words.dtype} is no int32 matrix "
+            f"of packed {bits}-bit fields"
+        )
+    stream = words.reshape(-1, stride, words.shape[1])
+    shape = (stream.shape[0], _period(bits), words.shape[1])
+    fields = torch.empty(shape, dtype=torch.uint8, device=words.device)
+    for i in range(_period(bits)):
+        word, shift = divmod(i * bits, WORD)
+        field = (stream[:, word].long() & 0xFFFFFFFF) >> shift
+        if shift + bits > WORD:
+            field |= stream[:, word + 1].long() << (WORD - shift)
+        fields[:, i] = (field & ((1 << bits) - 1)).to(torch.uint8)
+    return fields.flatten(0, 1)
+
+
+def _period(bits: int) -> int:
+    """Fields after which the stream is at a word boundary again."""
+    return WORD // bits if WORD % bits == 0 else WORD
+
+
+def _stored_zeros(qzeros: Tensor, bits: int, v2: bool, name: str) -> Tensor:
+    """Zero points (groups, out) uint8 of a GPTQ layer.
+
+    v1's missing 1 is added as gptqmodel does: to whole words at 2, 4 and 8 bits, where a field of
+    all ones carries into its neighbour (its writer subtracted with the same borrow), and modulo 8
+    to each field at 3 bits.
+    """
+    if not v2 and WORD % bits == 0:
+        ones = sum(1 << shift for shift in range(0, WORD, bits))
+        low = (qzeros.long() + ones) & 0xFFFFFFFF
+        qzeros = ((low ^ 0x80000000) - 0x80000000).to(torch.int32)
+    zeros = unpack_fields(qzeros.T, bits, f"{name} qzeros").T
+    return (zeros + 1) & 7 if not v2 and bits == 3 else zeros
+
+
+def pack_awq_fields(fields: Tensor, name: str) -> Tensor:
+    if fields.shape[1] % 8:
+        raise ShapeError(
+            f"{name or 'layer'}: {fields.shape[1]} outputs are not a multiple of 8",
+            hint="leave this layer in 16 bits",
+        )
+    ordered = fields.reshape(fields.shape[0], -1, 8)[:, :, list(AWQ_ORDER)].flatten(1)
+    return pack_fields(ordered.T, 4, name).T.contiguous()
+
+
+def _unpack_awq_fields(words: Tensor, name: str) -> Tensor:
+    stored = unpack_fields(words.T, 4, name).T.reshape(words.shape[0], -1, 8)
+    fields = torch.empty_like(stored)
+    fields[:, :, list(AWQ_ORDER)] = stored
+    return fields.flatten(1)
+
+
+def _checked_scales(codes: Tensor, scales: Tensor, grid: Grid, name: str) -> Tensor:
+    """Return the scales as fp16, once it is sure that packing loses nothing."""
+    groups = grouped(codes, grid, name)
+    _expect_shape(scales, tuple(groups.shape[:2]), f"{name} scales")
+    if codes.dtype != torch.int8 or codes.min() < grid.qmin or codes.max() > grid.qmax:
+        raise NumericsError(
+            f"{name or 'layer'}: codes must be int8 in [{grid.qmin}, {grid.qmax}], got "
+            f"{codes.dtype} in [{codes.min().item()}, {codes.max().item()}]"
+        )
+    half = scales.half()
+    if not torch.isfinite(half).all() or not torch.equal(half.to(scales.dtype), scales):
+        raise NumericsError(
+            f"{name or 'layer'}: fp16 does not hold the scales exactly",
+            hint="round them with grid.round_scales before quantizing",
+        )
+    return half
+
+
+def _take(tensors: Mapping[str, Tensor], key: str, name: str) -> Tensor:
+    if key not in tensors:
+        raise ArtifactError(f"{name or 'layer'}: the packed tensor {key!r} is missing")
+    return tensors[key]
+
+
+def _expect_shape(tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
+    if tensor.shape != shape:
+        raise ShapeError(f"{name.strip()}: {tuple(tensor.shape)}, expected {shape}")
+
+
+def _expect_four_bits(grid: Grid) -> None:
+    if grid.bits != 4:
+        raise UsageError(f"AWQ is a 4-bit format, got {grid.bits} bits", hint="use gptq")

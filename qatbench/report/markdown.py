@@ -1,0 +1,237 @@
+"""report.md: the verdict in words, then the tables, then how each number came about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from qatbench.report import tables
+from qatbench.report.model import (
+    ArmResult,
+    Comparison,
+    Definition,
+    PairResult,
+    Setting,
+    TaskComparison,
+)
+from qatbench.report.tables import Row
+
+_ARM_TITLES = {
+    "acc %": "accuracy %",
+    "95 % CI": "95 % interval",
+    "diff": "difference, points",
+    "p": "p (Holm)",
+    "flips": "lost/gained",
+    "bits/w": "bits/weight",
+}
+_PAIR_TITLES = {"diff": "difference, points", "flips": "lost/gained"}
+
+_METHOD = """\
+- **accuracy**: right / all asked, mean over seeds; unparsed and crashed questions count as not \
+right. Where rows form groups, a question is a group, right when all its rows are.
+- **95 % interval**: Wilson, of one seed's n questions around the mean. It covers the choice of \
+questions, not of training seeds: the spread over seeds (standard deviation, points) does that.
+- **difference**: arm minus reference in points, correctness averaged over seeds first; interval: \
+percentile bootstrap over questions (clusters where rows form groups), \
+{draws} draws, seed {seed}.
+- **p**: two-sided and exact: McNemar with one seed each, else sign flips of the questions' mean \
+differences. Holm's adjustment covers the {family} pairs of this comparison.
+- **verdict**: two one-sided tests at a margin of {margin} points; "n needed" questions would \
+show equivalence with 80 % power if there is no difference.
+- **lost/gained**: questions that went from right to wrong / wrong to right, mean over pairs of \
+equal seeds (or all seeds with the only one of the other arm); McNemar's p of each.
+- **MB**: 10^6 bytes of checkpoint. **bits/weight**: the language model's linears, with scales. \
+**cost**: making the checkpoint, or training + calibration where that is more; mean over seeds.
+- "-": not recorded."""
+
+
+def render(comparison: Comparison) -> str:
+    """Render report.md; a pure function of the comparison."""
+    recipe = next((t.definition.recipe for t in comparison.tasks if t.definition.recipe), None)
+    parts = [f"# Comparison{f': {recipe}' if recipe else ''}"]
+    for task in comparison.tasks:
+        parts += _task_parts(comparison, task)
+    first = comparison.tasks[0].definition
+    method = _METHOD.format(
+        draws=first.bootstrap_draws,
+        seed=first.bootstrap_seed,
+        family=first.family_size,
+        margin=_margin(first),
+    )
+    parts += ["## How the numbers are computed", method]
+    return "\n\n".join(parts) + "\n"
+
+
+def verdict(task: TaskComparison, baseline: str) -> str:
+    """Say what to ship, how sure that is, and at what cost."""
+    contest, best = task.contest, task.best("QAT") or task.best("PTQ")
+    if contest is not None:
+        shipped, sentence = _contest_words(task, contest)
+    elif best is not None:
+        shipped = best
+        others = sum(arm.family == best.family for arm in task.arms) > 1
+        role = f"the best {best.family} arm" if others else f"the only {best.family} arm"
+        sentence = f"**Best quantized arm: `{best.name}`**, {role}, with {_score(best)}."
+    else:
+        shipped = max(task.arms, key=lambda arm: arm.accuracy)
+        sentence = (
+            f"No arm states a quantization method. The most accurate is `{shipped.name}`, with"
+            f" {_score(shipped)}."
+        )
+    sentences = [sentence, _against_baseline(task, shipped, baseline), _cost(task, shipped)]
+    trained = shipped.family == "QAT" or shipped.training_seconds is not None
+    if trained and len(shipped.seeds) == 1:
+        sentences.append(f"`{shipped.name}` was trained with one seed: another may differ.")
+    return " ".join(filter(None, sentences))
+
+
+def _contest_words(task: TaskComparison, contest: PairResult) -> tuple[ArmResult, str]:
+    """Decide between the best QAT and the best PTQ arm."""
+    qat, ptq = task.arm(contest.arm), task.arm(contest.reference)
+    margin, alpha = _margin(task.definition), 1 - task.definition.level
+    sure = contest.p_holm < alpha and (contest.low > 0 or contest.high < 0)
+    if contest.verdict == "equivalent":
+        shipped, price = _cheaper(qat, ptq)
+        why = (
+            f"the best QAT and the best PTQ arm are equivalent within {margin} points, and {price}"
+        )
+    elif sure:
+        shipped, side = (qat, "above") if contest.difference > 0 else (ptq, "below")
+        why = f"the best QAT arm is {side} the best PTQ arm"
+    else:
+        shipped, price = _cheaper(qat, ptq)
+        why = (
+            f"no difference is shown between the best QAT and the best PTQ arm, and {price}; to show"
+            f" them equivalent within {margin} points would take about {contest.n_needed} questions"
+        )
+    picked = ""
+    if sum(arm.family in ("QAT", "PTQ") for arm in task.arms) > 2:
+        picked = " Both were picked as the best on these same questions, which flatters them."
+    return shipped, (
+        f"**Ship `{shipped.name}`**: {why}. Best QAT: `{qat.name}`, {_score(qat)}. Best PTQ:"
+        f" `{ptq.name}`, {_score(ptq)}. QAT minus PTQ: {tables.difference(contest)} points"
+        f" (p {tables.p_value(contest.p_holm)}).{picked}"
+    )
+
+
+def _cheaper(qat: ArmResult, ptq: ArmResult) -> tuple[ArmResult, str]:
+    """Choose the one that cost less, and say so; PTQ where that is unknown."""
+    mine, theirs = qat.cost_seconds, ptq.cost_seconds
+    if mine is None or theirs is None:
+        return ptq, "PTQ needs no training (what they cost is not recorded)"
+    return (qat if mine < theirs else ptq), "it cost no more"
+
+
+def _against_baseline(task: TaskComparison, arm: ArmResult, baseline: str) -> str:
+    pair, base = task.pair(arm.name), task.arm(baseline)
+    if pair is None:
+        return f"`{arm.name}` is the baseline."
+    margin = _margin(task.definition)
+    verdicts = {
+        "equivalent": f"equivalent within {margin} points",
+        "better": "better",
+        "worse": "worse",
+        "undecided": f"neither a difference nor equivalence within {margin} points is shown",
+    }
+    return (
+        f"Against the baseline `{baseline}` ({_score(base)}) it is {tables.difference(pair)} points"
+        f" (p {tables.p_value(pair.p_holm)}): {verdicts[pair.verdict]}."
+    )
+
+
+def _cost(task: TaskComparison, shipped: ArmResult) -> str:
+    """Price of the arm to ship, beside that of the arm it beat."""
+    names = [shipped.name]
+    if task.contest is not None:
+        names += [n for n in (task.contest.arm, task.contest.reference) if n != shipped.name]
+    told = []
+    for arm in map(task.arm, names):
+        known = [
+            (tables.duration(arm.cost_seconds), " to make"),
+            (tables.megabytes(arm.checkpoint_bytes), " MB"),
+            (tables.bits_per_weight(arm), " bits/weight"),
+        ]
+        stated = ", ".join(value + unit for value, unit in known if value != tables.UNKNOWN)
+        told.append(f"`{arm.name}` {stated or 'not recorded'}")
+    return f"Cost: {'; '.join(told)}."
+
+
+def _task_parts(comparison: Comparison, task: TaskComparison) -> list[str]:
+    definition = task.definition
+    rows = [row for row in tables.arm_rows(comparison) if row["task"] == definition.task]
+    pairs = [row for row in tables.pair_rows(comparison) if row["task"] == definition.task]
+    labels = [arm for arm in task.arms if arm.label]
+    for mark, arm in enumerate(labels, start=1):
+        row = rows[task.arms.index(arm)]
+        row["bits/w"] += f" ({mark})"
+    parts = [f"## {definition.task}", verdict(task, comparison.baseline)]
+    parts.append(_table([_without_task(row) for row in rows], _ARM_TITLES))
+    if labels:
+        parts.append("\n".join(f"({k}) `{a.name}`: {a.label}." for k, a in enumerate(labels, 1)))
+    notes = [f"- `{arm.name}`: {note}" for arm in task.arms for note in arm.notes]
+    warnings = [
+        f"- **{warning.code}**{f' ({warning.detail})' if warning.detail else ''}: {warning.advice}."
+        for warning in task.warnings
+    ]
+    sections: list[tuple[str, str]] = [
+        ("Warnings", "\n".join(warnings)),
+        ("Notes", "\n".join(notes)),
+        ("Seeds", _table(tables.seed_rows(task))),
+        ("Pairs", _table([_without_task(row) for row in pairs], _PAIR_TITLES)),
+        ("Unparsed, errors, ties", _table(tables.count_rows(task))),
+        ("Making", _table(tables.cost_rows(task))),
+        ("Definition", _definition(definition, comparison.baseline)),
+    ]
+    return parts + [f"### {title}\n\n{text}" for title, text in sections if text]
+
+
+def _definition(definition: Definition, baseline: str) -> str:
+    questions = f"{definition.n}{' (text only)' if definition.text_only else ''}"
+    if definition.intersection:
+        dropped = ", ".join(f"{arm} {count}" for arm, count in definition.dropped.items())
+        questions += f"; the intersection of the arms, left out: {dropped}"
+    facts = {
+        "baseline": f"`{baseline}`",
+        "questions": questions,
+        "data": _by_name(definition.data),
+        "protocol": _setting(definition.protocol),
+        "mode": _setting(definition.mode),
+        "prompt form": _setting(definition.prompt_form),
+        "dtype": _setting(definition.dtype),
+        "device": _setting(definition.device),
+        "batch": _setting(definition.batch),
+        "versions": _by_name(definition.versions),
+        "seeds": "; ".join(f"{a} {', '.join(map(str, s))}" for a, s in definition.seeds.items()),
+        "margin": f"{_margin(definition)} points",
+        "bootstrap": f"{definition.bootstrap_draws} draws, seed {definition.bootstrap_seed}",
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items())
+
+
+def _setting(values: Setting) -> str:
+    return " | ".join(values) or tables.UNKNOWN
+
+
+def _by_name(settings: Mapping[str, Setting]) -> str:
+    return ", ".join(f"{k} {_setting(v)}" for k, v in settings.items()) or tables.UNKNOWN
+
+
+def _margin(definition: Definition) -> str:
+    return f"±{100 * definition.margin:g}"
+
+
+def _score(arm: ArmResult) -> str:
+    accuracy = f"{tables.percent(arm.accuracy)} % {tables.interval(arm.low, arm.high)}"
+    return f"{accuracy} of {arm.n} questions"
+
+
+def _without_task(row: Row) -> Row:
+    return {key: cell for key, cell in row.items() if key != "task"}
+
+
+def _table(rows: Sequence[Row], titles: Mapping[str, str] | None = None) -> str:
+    """Lay rows out as a Markdown table, first column left, the rest right; "" without rows."""
+    if not rows:
+        return ""
+    head = [(titles or {}).get(key, key) for key in rows[0]]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in x)} |" for x in lines)

@@ -1,0 +1,179 @@
+"""Table rows as formatted strings, shared by report.md, the CSV files and the terminal.
+
+A row is a dict from a short key to a cell; all rows of one table have the same keys in the same
+order. "-" stands for what was not recorded. Accuracies are percent, differences points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qatbench.report.model import ArmResult, Comparison, PairResult, TaskComparison
+
+Row = dict[str, str]
+UNKNOWN = "-"
+
+
+def arm_rows(comparison: Comparison) -> list[Row]:
+    """One row an arm and task; without its task, a row fits 100 columns of a terminal."""
+    return [
+        {"task": task.definition.task, **_arm_row(task, arm, comparison.baseline)}
+        for task in comparison.tasks
+        for arm in task.arms
+    ]
+
+
+def pair_rows(comparison: Comparison) -> list[Row]:
+    """One row a pair and task: arms against the baseline, then best QAT against best PTQ."""
+    return [
+        {"task": task.definition.task, **_pair_row(pair)}
+        for task in comparison.tasks
+        for pair in stated_pairs(task)
+    ]
+
+
+def stated_pairs(task: TaskComparison) -> list[PairResult]:
+    """List the pairs, with the contest unless it is one of them, either way round."""
+    known = [{pair.arm, pair.reference} for pair in task.pairs]
+    contest = task.contest
+    new = contest is not None and {contest.arm, contest.reference} not in known
+    return [*task.pairs, *([contest] if contest and new else [])]
+
+
+def seed_rows(task: TaskComparison) -> list[Row]:
+    """One row an arm: what each of its seeds scored."""
+    return [
+        {
+            "arm": arm.name,
+            "seeds": ", ".join(map(str, arm.seeds)),
+            "right": ", ".join(map(str, arm.right)),
+            "accuracy %": ", ".join(percent(accuracy) for accuracy in arm.accuracies),
+            "spread": UNKNOWN if arm.spread is None else f"{100 * arm.spread:.2f}",
+        }
+        for arm in task.arms
+    ]
+
+
+def count_rows(task: TaskComparison) -> list[Row]:
+    """One row an arm: rows asked, and those without a plain answer, all seeds together."""
+    return [
+        {
+            "arm": arm.name,
+            "rows": str(arm.rows * len(arm.seeds)),
+            "unparsed": str(sum(arm.unparsed)),
+            "errors": str(sum(arm.errors)),
+            "ties": str(sum(arm.ties)),
+            "chance %": UNKNOWN if arm.chance is None else percent(arm.chance),
+        }
+        for arm in task.arms
+    ]
+
+
+def cost_rows(task: TaskComparison) -> list[Row]:
+    """One row an arm: how it was made, and what that took (means over seeds)."""
+    return [
+        {
+            "arm": arm.name,
+            "method": arm.method or UNKNOWN,
+            "bits": _integer(arm.bits),
+            "group": _integer(arm.group_size),
+            "making": duration(arm.making_seconds),
+            "training": duration(arm.training_seconds),
+            "calibration": duration(arm.calibration_seconds),
+            "samples": _integer(arm.samples_seen),
+            "device": arm.device or UNKNOWN,
+        }
+        for arm in task.arms
+    ]
+
+
+def percent(fraction: float) -> str:
+    """Write 0.641 as 64.1."""
+    return f"{100 * fraction:.1f}"
+
+
+def interval(low: float, high: float) -> str:
+    """Write (0.601, 0.663) as [60.1, 66.3]."""
+    return f"[{percent(low)}, {percent(high)}]"
+
+
+def points(fraction: float) -> str:
+    """Write 0.021 as +2.1; zero has no sign."""
+    text = f"{100 * fraction:+.1f}"
+    return "0.0" if float(text) == 0 else text
+
+
+def difference(pair: PairResult) -> str:
+    """Write a difference with its interval, as +2.1 [-0.3, +4.5]."""
+    return f"{points(pair.difference)} [{points(pair.low)}, {points(pair.high)}]"
+
+
+def p_value(p: float) -> str:
+    """Three decimals, or <0.001."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    if seconds is None:
+        return UNKNOWN
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
+def megabytes(size: int | None) -> str:
+    """Write bytes as MB of 10^6 bytes."""
+    return UNKNOWN if size is None else f"{size / 1e6:.1f}"
+
+
+def bits_per_weight(arm: ArmResult) -> str:
+    """Bits per weight of the language model's linears."""
+    return UNKNOWN if arm.bits_per_weight is None else f"{arm.bits_per_weight:.2f}"
+
+
+def _arm_row(task: TaskComparison, arm: ArmResult, baseline: str) -> Row:
+    pair = task.pair(arm.name)
+    return {
+        "arm": arm.name,
+        "acc %": percent(arm.accuracy),
+        "95 % CI": interval(arm.low, arm.high),
+        "n": str(arm.n),
+        "diff": difference(pair) if pair else "baseline" if arm.name == baseline else UNKNOWN,
+        "p": p_value(pair.p_holm) if pair else UNKNOWN,
+        "flips": _flips(pair.lost, pair.gained) if pair else UNKNOWN,
+        "MB": megabytes(arm.checkpoint_bytes),
+        "bits/w": bits_per_weight(arm),
+        "cost": duration(arm.cost_seconds),
+    }
+
+
+def _pair_row(pair: PairResult) -> Row:
+    return {
+        "pair": f"{pair.arm} - {pair.reference}",
+        "diff": difference(pair),
+        "p": p_value(pair.p),
+        "p Holm": p_value(pair.p_holm),
+        "verdict": pair.verdict,
+        "n needed": str(pair.n_needed),
+        "flips": _flips(pair.lost, pair.gained),
+        "by seed": "; ".join(_seed_pairs(pair)) or UNKNOWN,
+    }
+
+
+def _seed_pairs(pair: PairResult) -> Iterator[str]:
+    for seed in pair.seed_pairs:
+        flips = _flips(seed.lost, seed.gained)
+        yield f"{seed.seed} - {seed.reference_seed}: {flips}, p {p_value(seed.p)}"
+
+
+def _flips(lost: float | None, gained: float | None) -> str:
+    return UNKNOWN if lost is None or gained is None else f"{_count(lost)}/{_count(gained)}"
+
+
+def _count(mean: float) -> str:
+    return f"{mean:.0f}" if mean == int(mean) else f"{mean:.1f}"
+
+
+def _integer(value: int | None) -> str:
+    return UNKNOWN if value is None else str(value)

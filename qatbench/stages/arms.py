@@ -1,0 +1,272 @@
+"""Arms as folders: read the runs of each, refuse what cannot be trusted, line up questions."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import ValidationError
+
+from qatbench.errors import ArtifactError, PrerequisiteError
+from qatbench.records import Metrics, Prediction, TaskMetrics
+from qatbench.report.model import CheckpointFacts
+from qatbench.stages.paired import Scores
+
+PREDICTIONS, METRICS, PROVENANCE = "predictions.jsonl", "metrics.json", "provenance.json"
+_SEED_FOLDER = re.compile(r"seed-(\d+)")
+
+Units = dict[str, tuple[Prediction, ...]]  # what is counted as one question -> its rows
+
+
+class Run(NamedTuple):
+    """One finished evaluation: one seed of an arm."""
+
+    seed: int
+    folder: Path
+    units: dict[str, Units]  # by task
+    metrics: dict[str, TaskMetrics]  # by task
+    provenance: dict[str, Any]  # {} where there is none: predictions made elsewhere
+    facts: CheckpointFacts
+
+
+class Arm(NamedTuple):
+    """One arm with its seeds, in rising order."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each run."""
+        return tuple(run.seed for run in self.runs)
+
+    def facts(self) -> CheckpointFacts:
+        """Join the facts of its seeds: durations are means, the rest the first one stated."""
+        merged: dict[str, Any] = {}
+        for field in CheckpointFacts.model_fields:
+            values = [getattr(run.facts, field) for run in self.runs]
+            known = [value for value in values if value is not None]
+            if field == "notes":
+                merged[field] = tuple(dict.fromkeys(note for notes in known for note in notes))
+            elif known:
+                mean = field.endswith("_seconds")
+                merged[field] = sum(known) / len(known) if mean else known[0]
+        return CheckpointFacts(**merged)
+
+
+class Sheet(NamedTuple):
+    """One task: which questions count, and who was right on them."""
+
+    task: str
+    keys: tuple[str, ...]  # the questions, sorted
+    scores: dict[str, Scores]  # by arm
+    dropped: dict[str, int]  # arm -> questions left out
+
+
+def load_arms(folders: Sequence[Path]) -> list[Arm]:
+    """Read every arm; a folder holds predictions.jsonl or seed-N folders that each hold one.
+
+    Raises: PrerequisiteError if a folder is missing or unfinished; ArtifactError if a file is
+        damaged, repeats an id or disagrees with its metrics.json.
+    """
+    found = [(name, _run_folders(folder)) for name, folder in _named(folders)]
+    return [Arm(name, tuple(_load_run(*run) for run in runs)) for name, runs in found]
+
+
+def line_up(arms: Sequence[Arm], *, intersection: bool) -> list[Sheet]:
+    """Line up the questions of every task that the arms share.
+
+    Raises: ArtifactError if tasks, questions or gold answers differ and not `intersection`, or if
+        nothing is shared.
+    """
+    return [_sheet(arms, task, intersection) for task in _tasks(arms, intersection)]
+
+
+def _named(folders: Sequence[Path]) -> list[tuple[str, Path]]:
+    """Name arms by as few trailing path parts as tell them apart."""
+    paths = [folder.resolve().parts for folder in folders]
+    names = []
+    for mine in paths:
+        depth, others = 1, [path for path in paths if path != mine]
+        while any(path[-depth:] == mine[-depth:] for path in others):
+            depth += 1
+        names.append("/".join(mine[-depth:]))
+    return list(zip(names, folders, strict=True))
+
+
+def _run_folders(folder: Path) -> list[tuple[int, Path]]:
+    """Each seed with its folder; everything finished, nothing read yet."""
+    if not folder.is_dir():
+        raise PrerequisiteError(
+            f"no such run folder: {folder}",
+            hint=f"make it with qatbench eval MODEL --task TASK --out {folder}",
+        )
+    matches = [(_SEED_FOLDER.fullmatch(child.name), child) for child in folder.iterdir()]
+    seeds = sorted((int(m[1]), child) for m, child in matches if m and child.is_dir())
+    if seeds and (folder / PREDICTIONS).exists():
+        raise ArtifactError(
+            f"{folder} holds both {PREDICTIONS} and seed folders",
+            hint="keep one of the two: an arm is one run, or one folder a seed",
+        )
+    runs = seeds or [(0, folder)]
+    for _, run in runs:
+        missing = [name for name in (PREDICTIONS, METRICS) if not (run / name).is_file()]
+        if missing:
+            raise PrerequisiteError(
+                f"{run} is not finished: no {' and no '.join(missing)}",
+                hint=f"finish it with qatbench eval ... --out {run} --resume",
+            )
+    return runs
+
+
+def _load_run(seed: int, folder: Path) -> Run:
+    units = _read_predictions(folder / PREDICTIONS)
+    path = folder / METRICS
+    try:
+        metrics = Metrics.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise _damaged(path, error) from error
+    by_task = {task.task: task for task in metrics.tasks}
+    for task in sorted(units.keys() | by_task.keys()):
+        mine = units.get(task, {})
+        rows = sum(map(len, mine.values()))
+        stated = by_task[task].overall.n if task in by_task else 0
+        if stated == 0 or stated not in (len(mine), rows):
+            raise ArtifactError(
+                f"{folder / PREDICTIONS} has {rows} rows of {task}, {METRICS} counts {stated}",
+                hint=f"one of the two is stale: evaluate {folder} again",
+            )
+    provenance = _read_provenance(folder / PROVENANCE)
+    return Run(seed, folder, units, by_task, provenance, _facts(provenance, folder / PROVENANCE))
+
+
+def _read_predictions(path: Path) -> dict[str, Units]:
+    """Rows by task and question; `meta.group` joins rows into one question."""
+    seen: dict[tuple[str, str], int] = {}
+    units: dict[str, dict[str, list[Prediction]]] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            row = Prediction.model_validate({"choices": (), **json.loads(line)})
+        except (ValueError, TypeError) as error:  # ValidationError and bad UTF-8 are ValueErrors
+            raise _damaged(f"{path}, line {number}", error) from error
+        if row.gold is None:
+            raise ArtifactError(
+                f"{path}, line {number}: question {row.id} has no gold answer",
+                hint="a split without answers cannot be compared: evaluate one that has them",
+            )
+        first = seen.setdefault((row.task, row.id), number)
+        if first != number:
+            raise ArtifactError(
+                f"{path}, line {number}: id {row.id} of {row.task} is already on line {first}",
+                hint="each question is answered once: evaluate again into an empty folder",
+            )
+        group = row.meta.get("group")
+        key = row.id if group is None else str(group)
+        units.setdefault(row.task, {}).setdefault(key, []).append(row)
+    return {task: {key: tuple(rows) for key, rows in mine.items()} for task, mine in units.items()}
+
+
+def _read_provenance(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    if not isinstance(content, dict):
+        raise _damaged(path, TypeError("not a JSON object"))
+    return content
+
+
+def _facts(provenance: dict[str, Any], path: Path) -> CheckpointFacts:
+    card = section(section(provenance, "inputs"), "model")
+    stated = {key: card[key] for key in CheckpointFacts.model_fields if card.get(key) is not None}
+    try:
+        return CheckpointFacts.model_validate(stated)
+    except ValidationError as error:
+        raise _damaged(path, error) from error
+
+
+def _tasks(arms: Sequence[Arm], intersection: bool) -> list[str]:
+    """Tasks of every run, in the first run's order."""
+    runs = [(arm.name, run) for arm in arms for run in arm.runs]
+    first = list(runs[0][1].units)
+    shared = [task for task in first if all(task in run.units for _, run in runs)]
+    for name, run in runs:
+        if not intersection and set(run.units) != set(first):
+            raise ArtifactError(
+                f"{arms[0].name} answered {', '.join(first)}; {name} ({run.folder}) answered"
+                f" {', '.join(run.units)}",
+                hint="evaluate all arms on the same tasks, or compare with --intersection",
+            )
+    if not shared:
+        raise ArtifactError("the arms share no task", hint="evaluate all arms on the same task")
+    return shared
+
+
+def _sheet(arms: Sequence[Arm], task: str, intersection: bool) -> Sheet:
+    """Line up the questions: equal ids, rows and golds in every run, or an error."""
+    signed = [(arm, run, _signatures(run, task)) for arm in arms for run in arm.runs]
+    _, first_run, first = signed[0]
+    shared = set(first.items()).intersection(*(mine.items() for _, _, mine in signed))
+    for arm, run, mine in signed:
+        if not intersection and mine != first:
+            raise ArtifactError(
+                f"{task}: {arms[0].name} and {arm.name} answered different questions:"
+                f" {_mismatch(first, mine)} ({first_run.folder}, {run.folder})",
+                hint="evaluate both on one question set, or compare with --intersection",
+            )
+    if not shared:
+        raise ArtifactError(
+            f"{task}: the arms share no question", hint="evaluate all arms on the same data"
+        )
+    keys = tuple(sorted(key for key, _ in shared))
+    scores = {arm.name: _scores(arm, task, keys) for arm in arms}
+    dropped = {arm.name: 0 for arm in arms} if intersection else {}
+    for arm, _, mine in signed if intersection else ():
+        dropped[arm.name] = max(dropped[arm.name], len(mine) - len(keys))
+    return Sheet(task, keys, scores, dropped)
+
+
+def _signatures(run: Run, task: str) -> dict[str, frozenset[tuple[str, str | None]]]:
+    return {key: frozenset((r.id, r.gold) for r in rows) for key, rows in run.units[task].items()}
+
+
+def _mismatch(first: dict[str, Any], other: dict[str, Any]) -> str:
+    """Say how two question sets differ, with one example."""
+    missing, extra = first.keys() - other.keys(), other.keys() - first.keys()
+    if missing or extra:
+        return f"{len(missing)} missing, {len(extra)} more, such as {min(missing | extra)}"
+    changed = [key for key in first if first[key] != other[key]]
+    return f"{len(changed)} with another gold answer or other rows, such as {min(changed)}"
+
+
+def right_of(run: Run, task: str, keys: Iterable[str]) -> list[int]:
+    """1 for each question all of whose rows are right, else 0."""
+    return [int(all(row.right for row in run.units[task][key])) for key in keys]
+
+
+def _scores(arm: Arm, task: str, keys: Iterable[str]) -> Scores:
+    right = np.array([right_of(run, task, keys) for run in arm.runs], dtype=np.int64)
+    return Scores(arm.name, arm.seeds, right)
+
+
+def section(content: dict[str, Any], key: str) -> dict[str, Any]:
+    """Look up a nested object; {} where it is missing or something else."""
+    value = content.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _damaged(where: Path | str, error: Exception) -> ArtifactError:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}"
+    else:
+        what = str(error)
+    return ArtifactError(
+        f"{where} is damaged: {what}", hint="evaluate again, or restore the file from its source"
+    )

@@ -1,0 +1,245 @@
+"""Write a packed checkpoint and prove that it loads: the end of quantize and of train-qat.
+
+The checkpoint is written into a scratch folder, reloaded from there with plain transformers, and
+its logits on a text and (for a VLM) an image prompt are compared with those of the intended dense
+weights. Only then are its files moved to where they belong, config.json last.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qatbench import __version__, store
+from qatbench.errors import NumericsError
+from qatbench.quant.result import Quantized
+from qatbench.vlm import load as models
+from qatbench.vlm.batch import Encoded, Encoder, pixel_batch
+from qatbench.vlm.load import Loaded, ModelFolder
+
+SHARD_BYTES = 4 << 30
+# Reloaded logits may differ from the intended ones by the kernel's rounding alone. As a share of the
+# logits' standard deviation, the largest of a million logits moves by 0.001 with symmetric scales
+# and by 0.012 with AWQ's zero points, which the CPU kernel folds into fp16 offsets. A wrong zero
+# point, nibble order or missing tensor moves it by 1 and more (tests/stages/test_export.py).
+RELOAD_BOUND = 0.05
+PROOF_TEXT = "Question: Which of these is a renewable resource, and why does it matter?\nAnswer:"
+_KEEP = ("*.json", "*.jinja", "*.model", "*.txt")
+_DROP = ("config.json", "model.safetensors.index.json", "provenance.json", "quantize_config.json")
+
+
+def write_packed(
+    source: ModelFolder, loaded: Loaded, quantized: Quantized, out: Path
+) -> dict[str, Any]:
+    """Write the checkpoint of `quantized` into `out` and prove it; returns its figures.
+
+    Args:
+        source: the 16-bit model folder; its tokenizer, processor and config are kept.
+        loaded: that model in memory, dense (on the CPU afterwards, with the intended weights).
+        quantized: what the quantizer or the trainer made.
+        out: the stage's folder.
+
+    Raises: NumericsError when the reloaded logits are off; ArtifactError when weights are missing.
+    """
+    scratch = _fresh(out)
+    tensors = _tensors(loaded, quantized)
+    _save(tensors, scratch)
+    _copy_companions(source, scratch)
+    store.write_json(scratch / "config.json", _config(source, quantized))
+    install(loaded.model, {f"{n}.weight": linear.dense() for n, linear in quantized.linears.items()})
+    figures = {"bits_per_weight": bits_per_weight(quantized), "reload": prove(scratch, loaded)}
+    _publish(scratch, out)
+    return figures
+
+
+def write_dense(source: ModelFolder, loaded: Loaded, out: Path) -> dict[str, Any]:
+    """Write a 16-bit (bf16) checkpoint of the model in memory, and prove that it loads."""
+    scratch = _fresh(out)
+    state = loaded.model.state_dict()
+    tensors = {key: _stored(state[key]) for key in _saved_keys(loaded)}
+    install(loaded.model, {k: v for k, v in tensors.items() if v.is_floating_point()})
+    _save(tensors, scratch)
+    _copy_companions(source, scratch)
+    config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    store.write_json(scratch / "config.json", config | {"dtype": "bfloat16"})
+    figures = {"bits_per_weight": 16.0, "reload": prove(scratch, loaded)}
+    _publish(scratch, out)
+    return figures
+
+
+def install(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put dense weights into the model's parameters, in place."""
+    with torch.no_grad():
+        for name, value in weights.items():
+            model.get_parameter(name).copy_(value)
+
+
+def bits_per_weight(quantized: Quantized) -> float:
+    """Stored bits a weight of the quantized linears, scales and zero points included."""
+    bits = weights = 0
+    for name, linear in quantized.linears.items():
+        packed = linear.packed(quantized.layout, name)
+        bits += sum(t.numel() * t.element_size() * 8 for k, t in packed.items() if k != "g_idx")
+        weights += linear.fields.numel()
+    return round(bits / weights, 4)
+
+
+def _fresh(out: Path) -> Path:
+    scratch = out / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    return scratch
+
+
+def _saved_keys(loaded: Loaded) -> list[str]:
+    """State keys to write: all but those tied to another one (an lm_head on the embeddings)."""
+    tied = set(getattr(loaded.model, "all_tied_weights_keys", {}) or {})
+    return [key for key in loaded.model.state_dict() if key not in tied]
+
+
+def _tensors(loaded: Loaded, quantized: Quantized) -> dict[str, Tensor]:
+    state = loaded.model.state_dict()
+    replaced = {f"{name}.weight" for name in quantized.linears}
+    tensors = {
+        key: _stored(quantized.changed.get(key, state[key]))
+        for key in _saved_keys(loaded)
+        if key not in replaced
+    }
+    # What is not quantized is stored in bf16: the model that is proved must hold the same.
+    install(loaded.model, {k: v for k, v in tensors.items() if v.is_floating_point()})
+    for name, linear in quantized.linears.items():
+        for part, value in linear.packed(quantized.layout, name).items():
+            tensors[f"{name}.{part}"] = value.cpu()
+    return tensors
+
+
+def _stored(value: Tensor) -> Tensor:
+    """A tensor that is not quantized as it is written: bf16 on the CPU."""
+    value = value.detach().cpu()
+    return value.to(torch.bfloat16) if value.is_floating_point() else value
+
+
+def _save(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Safetensors shards of at most 4 GiB, with an index when there is more than one."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = SHARD_BYTES
+    for key, value in tensors.items():
+        size = value.numel() * value.element_size()
+        if size > room and shards[-1]:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][key] = value.contiguous().clone()
+        room -= size
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(shard, name)
+    total = sum(v.numel() * v.element_size() for v in tensors.values())
+    store.write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": index},
+    )
+
+
+def _copy_companions(source: ModelFolder, folder: Path) -> None:
+    for pattern in _KEEP:
+        for file in source.path.glob(pattern):
+            if file.name not in _DROP:
+                shutil.copyfile(file, folder / file.name)
+
+
+def _config(source: ModelFolder, quantized: Quantized) -> dict[str, Any]:
+    grid = next(iter(quantized.linears.values())).grid
+    settings: dict[str, Any] = {"bits": grid.bits, "group_size": grid.group_size}
+    if quantized.layout == "awq":
+        settings |= {
+            "quant_method": "awq",
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": source.arch.never_quantized,
+        }
+    else:
+        settings |= {
+            "quant_method": "gptq",
+            "desc_act": False,
+            "sym": quantized.layout == "gptq",
+            "checkpoint_format": quantized.layout,
+            "lm_head": False,
+            "block_name_to_quantize": source.arch.layers,
+            "meta": {"quantizer": [f"qatbench:{__version__}"], "algorithm": quantized.method},
+        }
+    return source.config | {"dtype": "bfloat16", "quantization_config": settings}
+
+
+def _publish(scratch: Path, out: Path) -> None:
+    for file in sorted(scratch.iterdir(), key=lambda f: f.name == "config.json"):
+        file.replace(out / file.name)
+    scratch.rmdir()
+
+
+# --- the proof ----------------------------------------------------------------------------------
+
+
+def prove(folder: Path, intended: Loaded) -> dict[str, Any]:
+    """Reload with plain transformers (CPU, fp32) and compare logits with the intended model.
+
+    Returns: for `text` and, for a VLM, `image`: the largest difference of a logit over the
+        standard deviation of the logits; the bound; the linear's class that multiplied.
+    Raises: NumericsError when a difference is above the bound or not a number.
+    """
+    wanted = _probe(intended)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    again = models.load(
+        ModelFolder(str(folder), folder, config, {}), device="cpu", dtype=torch.float32
+    )
+    got = _probe(again)
+    record: dict[str, Any] = {"bound": RELOAD_BOUND, "kernel": models.kernel_name(again)}
+    for kind, logits in wanted.items():
+        error = ((got[kind] - logits).abs().max() / logits.std()).item()
+        record[kind] = float(f"{error:.3g}")
+        if not error <= RELOAD_BOUND:
+            raise NumericsError(
+                f"reloaded logits ({kind}) differ by {error:.3g} of their spread, "
+                f"bound {RELOAD_BOUND}",
+                hint="the checkpoint was not published; please report this",
+            )
+    return record
+
+
+@torch.inference_mode()
+def _probe(loaded: Loaded) -> dict[str, Tensor]:
+    model = loaded.model.to("cpu", torch.float32) if loaded.kernel == "dense" else loaded.model
+    model.eval()
+    encoder = Encoder(loaded)
+    prompts: dict[str, Encoded] = {"text": encoder.prompt(PROOF_TEXT, None)}
+    if loaded.processor is not None:
+        prompts["image"] = encoder.prompt(PROOF_TEXT, _proof_image())
+    device = torch.device("cpu")
+    return {
+        kind: model(
+            input_ids=torch.tensor([prompt.ids]), **pixel_batch([prompt], device, torch.float32)
+        ).logits.float()
+        for kind, prompt in prompts.items()
+    }
+
+
+def _proof_image() -> bytes:
+    import io
+
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (96, 96, 3), generator=generator, dtype=torch.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(stream, "PNG")
+    return stream.getvalue()

@@ -1,0 +1,199 @@
+"""quantize: a 16-bit model -> a packed checkpoint, by RTN, GPTQ or AWQ, without training."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qatbench import store
+from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
+from qatbench.quant.backends import solve
+from qatbench.quant.grid import Grid
+from qatbench.quant.result import Quantized
+from qatbench.quant.rtn import round_to_nearest
+from qatbench.records import Question
+from qatbench.stages import export
+from qatbench.stages.common import Progress
+from qatbench.stages.layer_error import compare_layers
+from qatbench.tasks import protocols, selector
+from qatbench.tasks.selector import Selector
+from qatbench.vlm import layout
+from qatbench.vlm import load as models
+from qatbench.vlm.batch import Encoder
+from qatbench.vlm.load import Loaded, ModelFolder
+
+Method = Literal["rtn", "gptq", "awq"]
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """Method, grid and calibration."""
+
+    method: Method
+    bits: int = 4
+    group_size: int = 128
+    calibration: Selector | None = None
+    samples: int = 128
+    protocol: str = "qatbench"
+    seed: int = 0
+    device: str | None = None
+    label: str | None = None  # the arm's name in reports
+
+    def spec(self, model: ModelFolder, questions: Sequence[Question]) -> dict[str, Any]:
+        """What decides the checkpoint."""
+        spec: dict[str, Any] = {
+            "model": model.fingerprint(),
+            "method": self.method,
+            "bits": self.bits,
+            "group_size": self.group_size,
+        }
+        if self.method != "rtn":
+            spec |= {
+                "calibration": selector.digest(questions),
+                "protocol": self.protocol,
+                "samples": len(questions),
+            }
+        return spec
+
+
+def quantize(
+    model: ModelFolder,
+    settings: QuantizeSettings,
+    paths: Mapping[str, str],
+    out: Path,
+    *,
+    resume: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Quantize the language model's linears and write a proven checkpoint; returns provenance.
+
+    Raises: UsageError for a grid that does not fit the model or a model that is quantized already;
+        PrerequisiteError without calibration data; NumericsError when the reload proof fails.
+    """
+    started = time.monotonic()
+    check_grid(model, settings.bits, settings.group_size)
+    questions = [] if settings.method == "rtn" else calibration_questions(settings, paths)
+    folder = store.RunFolder(out, "quantize", settings.spec(model, questions))
+    if folder.begin(resume=resume) is store.State.DONE:
+        return store.read_json(out / store.PROVENANCE)
+    device = models.pick_device(settings.device)
+    grid = Grid(settings.bits, settings.group_size)
+    progress("Loading the model", 0, 0)
+    loaded = models.load(model, device=device, dtype=torch.float32)
+    names = list(layout.linear_shapes(model.config))
+    batches = calibration_batches(loaded, questions, settings.protocol)
+    solving = time.monotonic()
+    quantized = _solve(settings, model, loaded, names, grid, batches, device, progress)
+    solved = time.monotonic() - solving
+    figures: dict[str, Any] = {
+        "method": settings.method,
+        "bits": settings.bits,
+        "group_size": settings.group_size,
+        "layout": quantized.layout,
+        "label": model.figures.get("label"),
+        "calibration_seconds": round(solved, 3),
+        "samples_seen": len(batches),
+        "device": device,
+        "notes": notes(model, questions),
+    }
+    if settings.method != "rtn":
+        progress("Comparing layer errors with RTN", 0, 0)
+        figures["layers"] = compare_layers(loaded, quantized, names, grid, batches)
+    progress("Writing and reloading the checkpoint", 0, 0)
+    figures |= export.write_packed(model, loaded, quantized, out)
+    return folder.finish(
+        inputs={"model": {"name": Path(model.name).name, "fingerprint": model.fingerprint()}},
+        seconds=time.monotonic() - started,
+        machine=models.machine(device),
+        figures=figures | {"making_seconds": round(solved, 3)},
+    )
+
+
+def _solve(
+    settings: QuantizeSettings,
+    model: ModelFolder,
+    loaded: Loaded,
+    names: Sequence[str],
+    grid: Grid,
+    batches: Sequence[dict[str, Tensor]],
+    device: str,
+    progress: Progress,
+) -> Quantized:
+    what = f"Quantizing with {settings.method.upper()}"
+
+    def step(done: int, total: int) -> None:
+        progress(what, done, total)
+
+    if settings.method == "rtn":
+        return round_to_nearest(loaded.model, names, grid, step)
+    return solve(
+        settings.method, model.path, names, grid, batches, device=device, progress=step
+    )
+
+
+def check_grid(model: ModelFolder, bits: int, group_size: int) -> None:
+    """Refuse a grid that does not fit, or a model that is quantized already.
+
+    Raises: UsageError naming the layers.
+    """
+    if model.quantization:
+        raise UsageError(
+            f"{model.name} is quantized already", hint="give the 16-bit model it was made from"
+        )
+    problems = layout.grid_problems(model.config, bits, group_size)
+    if problems:
+        raise UsageError("; ".join(problems), hint="choose a group size that divides every layer")
+
+
+def calibration_questions(
+    settings: QuantizeSettings, paths: Mapping[str, str]
+) -> list[Question]:
+    """`samples` questions drawn with the seed from the calibration split.
+
+    Raises: PrerequisiteError when no split is named; UsageError when it is smaller.
+    """
+    if settings.calibration is None:
+        raise PrerequisiteError(
+            f"{settings.method} needs calibration data", hint="--calib scienceqa:train"
+        )
+    rows = selector.load(settings.calibration, paths)
+    if len(rows) < settings.samples:
+        raise UsageError(
+            f"{settings.calibration} has {len(rows)} questions, {settings.samples} are asked for",
+            hint="lower --samples",
+        )
+    return random.Random(settings.seed).sample(rows, settings.samples)
+
+
+def calibration_batches(
+    loaded: Loaded, questions: Sequence[Question], protocol: str
+) -> list[dict[str, Tensor]]:
+    """Each question with its right answer, in the very form of the evaluation, unpadded.
+
+    Raises: ArtifactError when a question has no gold answer.
+    """
+    encoder = Encoder(loaded)
+    chosen = protocols.get(protocol)
+    batches = []
+    for question in questions:
+        if question.gold is None:
+            raise ArtifactError(f"calibration question {question.id} has no answer")
+        prompt = encoder.prompt(chosen.prompt(question), question.image)
+        ids = prompt.ids + encoder.answer(prompt, chosen.continuation(question, question.gold))
+        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
+        batches.append(inputs | prompt.pixels)
+    return batches
+
+
+def notes(model: ModelFolder, questions: Sequence[Question]) -> list[str]:
+    """What a reader of the report must know about the calibration or training data."""
+    if model.arch.is_vlm and questions and not any(question.has_image for question in questions):
+        return ["text-only data for a vision-language model"]
+    return []

@@ -1,0 +1,251 @@
+"""Questions -> token sequences -> batches; option scoring from one forward.
+
+A text model gets the prompt as it is. A VLM gets it inside its own chat template as one user turn,
+image first; its processor expands the image mark to the visual tokens.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
+from qatbench.vlm.load import Loaded
+
+MAX_PIXELS = 64_000_000
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt's tokens with what the vision tower needs; `text` is the rendered prompt."""
+
+    ids: list[int]
+    text: str
+    pixels: dict[str, Tensor]  # processor outputs besides the token ids, batch dimension first
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def open_image(image: Path | bytes) -> Image.Image:
+    """Decode an image to RGB.
+
+    Raises: PrerequisiteError when the file is missing; ArtifactError when it cannot be decoded
+        or has more than 64 million pixels.
+    """
+    if isinstance(image, Path) and not image.exists():
+        raise PrerequisiteError(f"missing image {image.parent.name}/{image.name}")
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise ArtifactError(f"image of {opened.width} x {opened.height} pixels is too large")
+            return opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ArtifactError(f"image cannot be decoded: {error}") from error
+
+
+class Encoder:
+    """Turns prompts and answers into token ids for one model."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+        self.tokenizer = loaded.tokenizer
+        self.processor = loaded.processor
+        if self.processor is not None and not self._template():
+            raise PrerequisiteError(
+                f"{loaded.folder.path} has no chat template",
+                hint="add chat_template.jinja to the processor's folder",
+            )
+
+    def _template(self) -> bool:
+        return bool(
+            getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
+        )
+
+    @property
+    def form(self) -> str:
+        """How prompts reach the model, for the record."""
+        return "as it is" if self.processor is None else "chat template, one user turn"
+
+    def prompt(self, text: str, image: Path | bytes | None) -> Encoded:
+        """Encode one prompt, with its image if there is one.
+
+        Raises: UsageError for an image question and a text model; PrerequisiteError and
+            ArtifactError for a missing or damaged image.
+        """
+        if self.processor is None:
+            if image is not None:
+                raise UsageError(
+                    "a text model cannot answer a question with an image",
+                    hint="pick the text subset, e.g. scienceqa:test:text",
+                )
+            return Encoded(list(self.tokenizer(text).input_ids), text, {})
+        parts: list[dict[str, str]] = [] if image is None else [{"type": "image"}]
+        parts.append({"type": "text", "text": text})
+        rendered = self.processor.apply_chat_template(
+            [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
+        )
+        if image is None:
+            return Encoded(list(self.tokenizer(rendered).input_ids), rendered, {})
+        inputs = self.processor(text=[rendered], images=[open_image(image)], return_tensors="pt")
+        ids = inputs.pop("input_ids")[0].tolist()
+        for key in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
+            inputs.pop(key, None)
+        return Encoded(ids, rendered, dict(inputs))
+
+    def answer(self, prompt: Encoded, text: str) -> list[int]:
+        """Token ids of `text` as the continuation of `prompt`.
+
+        Raises: ArtifactError when the tokenizer merges prompt and answer into one token.
+        """
+        anchor = prompt.text[-32:]
+        head = list(self.tokenizer(anchor, add_special_tokens=False).input_ids)
+        both = list(self.tokenizer(anchor + text, add_special_tokens=False).input_ids)
+        if both[: len(head)] != head or len(both) == len(head):
+            raise ArtifactError(f"the tokenizer does not separate the answer {text!r} from its prompt")
+        return both[len(head) :]
+
+
+def backbone(loaded_model: Any) -> nn.Module:
+    """The model without its output head: last hidden states come out."""
+    inner: nn.Module = loaded_model.model
+    return inner
+
+
+def pixel_batch(rows: Sequence[Encoded], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Vision inputs of all rows, in order, on the device."""
+    keys = {key for row in rows for key in row.pixels}
+    out: dict[str, Any] = {}
+    for key in keys:
+        value = torch.cat([row.pixels[key] for row in rows if key in row.pixels]).to(device)
+        out[key] = value.to(dtype) if value.is_floating_point() else value
+    return out
+
+
+@dataclass(frozen=True)
+class OptionRow:
+    """One question ready to be scored: prompt and one continuation an option."""
+
+    prompt: Encoded
+    answers: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.answers))
+
+
+@torch.inference_mode()
+def score_options(loaded: Loaded, rows: Sequence[OptionRow]) -> list[list[float]]:
+    """Mean log-probability (nats a token) of each option after its prompt.
+
+    One forward over sequences that hold the prompt once and then every option side by side: an
+    option's tokens see the prompt and themselves, at the positions right after the prompt.
+
+    Returns: one list a row, one float an option; the log-softmax is in fp32.
+    """
+    model, device = loaded.model, loaded.device
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    ids, positions, mask = _layout(rows, loaded.tokenizer.pad_token_id or 0)
+    hidden = backbone(model)(
+        input_ids=ids.to(device),
+        position_ids=positions.to(device),
+        attention_mask=_additive(mask.to(device), dtype),
+        use_cache=False,
+        **pixel_batch([row.prompt for row in rows], device, dtype),
+    ).last_hidden_state
+    where, tokens = _predictors(rows)
+    flat = hidden.reshape(-1, hidden.shape[-1])[where.to(device)]
+    logprobs = _token_logprobs(model.lm_head, flat, tokens.to(device)).tolist()
+    scores, at = [], 0
+    for row in rows:
+        scores.append([])
+        for answer in row.answers:
+            scores[-1].append(sum(logprobs[at : at + len(answer)]) / len(answer))
+            at += len(answer)
+    return scores
+
+
+def _layout(rows: Sequence[OptionRow], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids (B, L), positions (B, L) and the boolean mask (B, L, L): True where i sees j."""
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), pad)
+    positions = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    for b, row in enumerate(rows):
+        start = len(row.prompt)
+        ids[b, :start] = torch.tensor(row.prompt.ids)
+        positions[b, :start] = torch.arange(start)
+        mask[b, :start, :start] = causal[:start, :start]
+        at = start
+        for answer in row.answers:
+            end = at + len(answer)
+            ids[b, at:end] = torch.tensor(answer)
+            positions[b, at:end] = torch.arange(start, start + len(answer))
+            mask[b, at:end, :start] = True
+            mask[b, at:end, at:end] = causal[: len(answer), : len(answer)]
+            at = end
+    return ids, positions, mask
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, L, L) bool -> (B, 1, L, L) of 0 and the lowest number, what attention adds."""
+    out = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return out.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
+
+
+def _predictors(rows: Sequence[OptionRow]) -> tuple[Tensor, Tensor]:
+    """Flat positions whose output predicts each answer token, and those tokens."""
+    length = max(map(len, rows))
+    where, tokens = [], []
+    for b, row in enumerate(rows):
+        last, at = len(row.prompt) - 1, len(row.prompt)
+        for answer in row.answers:
+            inside = [last, *range(at, at + len(answer) - 1)]
+            where.extend(b * length + position for position in inside)
+            tokens.extend(answer)
+            at += len(answer)
+    return torch.tensor(where), torch.tensor(tokens)
+
+
+def _token_logprobs(head: nn.Module, hidden: Tensor, tokens: Tensor, chunk: int = 1024) -> Tensor:
+    parts = []
+    for some, wanted in zip(hidden.split(chunk), tokens.split(chunk), strict=True):
+        logp = head(some).float().log_softmax(-1)
+        parts.append(logp.gather(-1, wanted[:, None])[:, 0])
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def generate(loaded: Loaded, prompts: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    """Greedy responses to a batch of prompts (left-padded); special tokens are dropped."""
+    model, device = loaded.model, loaded.device
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    length = max(map(len, prompts))
+    pad = loaded.tokenizer.pad_token_id
+    pad = loaded.tokenizer.eos_token_id if pad is None else pad
+    ids = torch.full((len(prompts), length), pad)
+    mask = torch.zeros(len(prompts), length, dtype=torch.long)
+    for b, prompt in enumerate(prompts):
+        ids[b, length - len(prompt) :] = torch.tensor(prompt.ids)
+        mask[b, length - len(prompt) :] = 1
+    out = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=pad,
+        **pixel_batch(prompts, device, dtype),
+    )
+    texts: list[str] = loaded.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+    return texts

@@ -1,0 +1,147 @@
+"""Questions -> supervised token sequences -> micro-batches, in an order that needs no state.
+
+Which questions an optimizer step holds, how their options are shuffled and in which format they
+are put depends on (seed, position) alone: a resumed run sees what an uninterrupted one sees.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from qatbench.errors import ArtifactError, UsageError
+from qatbench.records import LETTERS, Question
+from qatbench.tasks import protocols
+from qatbench.vlm.batch import Encoded, Encoder, pixel_batch
+from qatbench.vlm.load import Loaded
+
+CHOICES = "choices"
+"""Training format: the `qatbench` prompt with the shuffled options' texts before `Answer:`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training sample: a prompt and the target tokens that are supervised."""
+
+    prompt: Encoded
+    target: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.target)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Model inputs and where they are supervised.
+
+    Shapes: input_ids, attention_mask (B, L); where (N,) flat positions whose output predicts
+    target (N,); images: flat positions of the visual tokens of each image.
+    """
+
+    inputs: dict[str, Tensor]
+    where: Tensor
+    target: Tensor
+    images: list[Tensor]
+
+    def __len__(self) -> int:
+        return int(self.inputs["input_ids"].shape[0])
+
+
+class TrainingData:
+    """The stream of samples of one run.
+
+    Raises: UsageError for an unknown format or no questions; ArtifactError for a question
+        without an answer.
+    """
+
+    def __init__(
+        self, loaded: Loaded, questions: Sequence[Question], formats: Sequence[str], seed: int
+    ) -> None:
+        if not questions or not formats:
+            raise UsageError("training needs questions and at least one prompt format")
+        for name in formats:
+            if name != CHOICES:
+                protocols.get(name)
+        for question in questions:
+            if question.gold is None:
+                raise ArtifactError(f"training question {question.id} has no answer")
+        self.encoder = Encoder(loaded)
+        self.questions = list(questions)
+        self.formats = list(formats)
+        self.seed = seed
+        self.image_token = next(
+            (t for k in loaded.arch.image_token_keys if (t := loaded.folder.config.get(k))), None
+        )
+        eos = loaded.tokenizer.eos_token_id
+        self.end = [] if eos is None else [int(eos)]
+        self.pad = loaded.tokenizer.pad_token_id or 0
+
+    def step(self, number: int, batch_size: int) -> list[Row]:
+        """The samples of one optimizer step, shortest first."""
+        start = number * batch_size
+        rows = [self._row(position) for position in range(start, start + batch_size)]
+        return sorted(rows, key=len)
+
+    def _row(self, position: int) -> Row:
+        epoch, index = divmod(position, len(self.questions))
+        question = self.questions[_order(len(self.questions), self.seed, epoch)[index]]
+        draw = random.Random(f"{self.seed}/{position}")
+        name = draw.choice(self.formats)
+        question = _shuffled(question, draw)
+        text, answer = _put(question, name)
+        prompt = self.encoder.prompt(text, question.image)
+        return Row(prompt, self.encoder.answer(prompt, answer) + self.end)
+
+    def collate(self, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> MicroBatch:
+        """Right-pad rows into one micro-batch on the device."""
+        length = max(map(len, rows))
+        ids = torch.full((len(rows), length), self.pad)
+        mask = torch.zeros(len(rows), length, dtype=torch.long)
+        where, target, images = [], [], []
+        for b, row in enumerate(rows):
+            start = len(row.prompt)
+            ids[b, : len(row)] = torch.tensor(row.prompt.ids + row.target)
+            mask[b, : len(row)] = 1
+            where.extend(b * length + start - 1 + i for i in range(len(row.target)))
+            target.extend(row.target)
+            if row.prompt.pixels and self.image_token is not None:
+                seen = torch.tensor(row.prompt.ids) == self.image_token
+                images.append((seen.nonzero()[:, 0] + b * length).to(device))
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        inputs |= pixel_batch([row.prompt for row in rows], device, dtype)
+        return MicroBatch(
+            inputs, torch.tensor(where, device=device), torch.tensor(target, device=device), images
+        )
+
+
+@lru_cache(maxsize=4)
+def _order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(n))
+    random.Random(f"{seed}/epoch-{epoch}").shuffle(order)
+    return tuple(order)
+
+
+def _shuffled(question: Question, draw: random.Random) -> Question:
+    """The same question with its options in another order, letters given anew."""
+    texts = list(question.options.items())
+    draw.shuffle(texts)
+    options = {letter: text for letter, (_, text) in zip(LETTERS, texts, strict=False)}
+    gold = next(new for new, (old, _) in zip(LETTERS, texts, strict=False) if old == question.gold)
+    return question.model_copy(update={"options": options, "gold": gold})
+
+
+def _put(question: Question, name: str) -> tuple[str, str]:
+    """(prompt, answer) of a question with a gold answer in one format."""
+    gold = str(question.gold)
+    if name != CHOICES:
+        protocol = protocols.get(name)
+        return protocol.prompt(question), protocol.continuation(question, gold)
+    plain = protocols.get("qatbench")
+    listed = "; ".join(question.options.values())
+    text = plain.prompt(question).removesuffix("Answer:") + f"Choices: {listed}\nAnswer:"
+    return text, plain.continuation(question, gold)

@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qatbench.errors import NumericsError, ShapeError, UsageError
+from qatbench.quant.grid import LSQ_RATIOS, Grid, dequantize, quantize, round_scales, search_scales
+from qatbench.quant.lsq import (
+    FakeQuantLinear,
+    attach,
+    detach,
+    fake_quant,
+    lsq_gradient_factor,
+    quantized_layers,
+)
+
+GRIDS = [Grid(bits, size) for bits in (2, 3, 4, 8) for size in (8, -1)]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def problem(grid: Grid, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Weights and log-scales so small that about a third of the weights is clipped."""
+    rng = torch.Generator().manual_seed(3)
+    weight = torch.randn(5, 32, generator=rng, dtype=torch.float64)
+    scale = torch.rand(5, grid.groups(32), generator=rng, dtype=torch.float64) + 0.5
+    return weight.to(dtype), (scale / grid.qmax).log().to(dtype)
+
+
+def stored(log_scale: Tensor, grid: Grid) -> Tensor:
+    return round_scales(log_scale.exp(), grid)
+
+
+def tiny_model() -> nn.Sequential:
+    torch.manual_seed(0)  # the same weights at every call
+    block = nn.ModuleDict({"up": nn.Linear(32, 24), "down": nn.Linear(24, 32, bias=False)})
+    return nn.Sequential(nn.Embedding(11, 32), block, nn.Linear(32, 11))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_forward_is_what_is_packed_to_the_bit(grid: Grid) -> None:
+    weight, log_scale = problem(grid)
+    scales = stored(log_scale, grid)
+
+    value = fake_quant(weight, log_scale, grid)
+
+    assert value.dtype == torch.float32
+    assert torch.equal(value, dequantize(quantize(weight, scales, grid), scales, grid))
+
+
+def detach_trick(weight: Tensor, log_scale: Tensor, grid: Grid) -> Tensor:
+    """The same function as a composition that autograd can differentiate by itself."""
+    scale = log_scale.exp()
+    scale = (scale + (stored(log_scale, grid) - scale).detach()).unsqueeze(-1)
+    place = (weight.unflatten(1, (log_scale.shape[1], -1)) / scale).clamp(grid.qmin, grid.qmax)
+    return ((place + (place.round() - place).detach()) * scale).flatten(1)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_gradients_equal_autograd_of_the_detach_trick(grid: Grid) -> None:
+    inputs = [x.requires_grad_() for x in problem(grid, torch.float64)]
+    upstream = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    expected = torch.autograd.grad(detach_trick(*inputs, grid), inputs, upstream)
+
+    got = torch.autograd.grad(fake_quant(*inputs, grid), inputs, upstream)
+
+    # The oracle multiplies by s and divides by it again: two fp64 roundings.
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-15, atol=0)
+    # The oracle's d/ds and d/dlog_scale differ by exp(log_scale) against its fp16 value: 2^-11.
+    torch.testing.assert_close(got[1], expected[1], rtol=2**-11, atol=0)
+    clipped = expected[0] == 0
+    assert clipped.any()
+    assert not clipped.all()
+
+
+def test_gradient_formulas_by_hand() -> None:
+    scale, grid = 0.25, Grid(4, 8)
+    places = torch.tensor([[-9.0, -8.0, -7.6, 0.0, 0.4, 2.7, 7.0, 7.3]])
+    weight = (places * scale).requires_grad_()
+    log_scale = torch.tensor([[scale]]).log().requires_grad_()
+    codes = torch.tensor([[-8.0, -8.0, -8.0, 0.0, 0.0, 3.0, 7.0, 7.0]])
+    by_scale = torch.tensor([[-8.0, 0.0, -0.4, 0.0, -0.4, 0.3, 0.0, 7.0]])  # q - w/s, or q clipped
+
+    value = fake_quant(weight, log_scale, grid)
+    assert torch.equal(value, codes * scale)
+    for i in range(8):
+        one = F.one_hot(torch.tensor([i]), 8).float()
+        by_weight, by_log = torch.autograd.grad(value, (weight, log_scale), one, retain_graph=True)
+        assert torch.equal(by_weight, one * (i not in (0, 7)))
+        # Differences of places below 8 in fp32: half an ulp of 8 is 5e-7.
+        assert by_log.item() == pytest.approx(by_scale[0, i].item() * scale, abs=1e-6)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_scale_gradient_is_the_slope_with_the_rounding_held_fixed(grid: Grid) -> None:
+    weight, log_scale = problem(grid, torch.float64)
+    log_scale = stored(log_scale, grid).double().log()  # exact scales: no fp16 rounding left over
+    upstream = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+
+    def place(logs: Tensor) -> Tensor:
+        groups = weight.unflatten(1, (logs.shape[1], -1))
+        return (groups / logs.exp().unsqueeze(-1)).clamp(grid.qmin, grid.qmax)
+
+    rounding = place(log_scale).round() - place(log_scale)  # straight-through: a constant
+
+    def straight(logs: Tensor) -> Tensor:
+        values = (place(logs) + rounding) * logs.exp().unsqueeze(-1)
+        return (values.flatten(1) * upstream).reshape(5, logs.shape[1], -1).sum(-1)
+
+    step = 1e-6
+    slope = (straight(log_scale + step) - straight(log_scale - step)) / (2 * step)
+    log_scale.requires_grad_()
+    (fake_quant(weight, log_scale, grid) * upstream).sum().backward()
+
+    # Values up to ~50: fp64 cancellation 50 * 2e-16 / 1e-6 = 1e-8, curvature 1e-12.
+    torch.testing.assert_close(log_scale.grad, slope, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_scale_gradient_is_the_true_slope_where_all_is_clipped(sign: int) -> None:
+    grid, step = Grid(4, 8), 0.05
+    weight, log_scale = torch.full((1, 8), sign * 100.0), torch.tensor([[0.3]])
+    values = [fake_quant(weight, log_scale + d, grid).sum() for d in (-step, step)]
+    log_scale.requires_grad_()
+    fake_quant(weight, log_scale, grid).sum().backward()
+    # fp16 scales: 2^-11 / step = 1e-2; curvature step^2 / 6 = 4e-4.
+    slope = (values[1] - values[0]).item() / (2 * step)
+    assert log_scale.grad is not None
+    assert log_scale.grad.item() == pytest.approx(slope, rel=1.1e-2)
+
+
+def test_gradient_factor_multiplies_the_scale_gradient_only() -> None:
+    grid = Grid(4, 8)
+    factor = lsq_gradient_factor(grid, 32)
+    assert factor == pytest.approx(1 / math.sqrt(8 * 7))
+    assert lsq_gradient_factor(Grid(3, -1), 32) == pytest.approx(1 / math.sqrt(32 * 3))
+    inputs = [x.requires_grad_() for x in problem(grid)]
+    plain = torch.autograd.grad(fake_quant(*inputs, grid).sum(), inputs)
+    scaled = torch.autograd.grad(fake_quant(*inputs, grid, gradient_factor=factor).sum(), inputs)
+    assert torch.equal(scaled[0], plain[0])
+    torch.testing.assert_close(scaled[1], plain[1] * factor, rtol=1e-6, atol=0)  # one fp32 product
+
+
+def test_only_the_two_inputs_are_kept_for_the_backward_pass() -> None:
+    weight, log_scale = (x.requires_grad_() for x in problem(Grid(4, 8)))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        fake_quant(weight, log_scale, Grid(4, 8))
+    assert [x.data_ptr() for x in kept] == [weight.data_ptr(), log_scale.data_ptr()]
+
+
+def test_frozen_inputs_get_no_gradient() -> None:
+    weight, log_scale = problem(Grid(4, 8))
+    log_scale.requires_grad_()
+    fake_quant(weight, log_scale, Grid(4, 8)).sum().backward()
+    assert weight.grad is None
+    assert log_scale.grad is not None
+
+
+def test_half_precision_weights_get_gradients_of_their_dtype() -> None:
+    weight, log_scale = problem(Grid(4, 8))
+    weight = weight.bfloat16().requires_grad_()
+    value = fake_quant(weight, log_scale, Grid(4, 8))
+    value.sum().backward()
+    assert value.dtype == torch.float32
+    assert torch.equal(value, fake_quant(weight.float(), log_scale, Grid(4, 8)))
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.bfloat16
+
+
+def test_wrong_scales_are_refused() -> None:
+    weight, log_scale = problem(Grid(4, 8))
+    with pytest.raises(NumericsError, match="log_scale"):
+        fake_quant(weight, log_scale.bfloat16(), Grid(4, 8))
+    with pytest.raises(ShapeError, match="scales"):
+        fake_quant(weight, log_scale[:, :2], Grid(4, 8))
+
+
+def test_wrapping_keeps_the_parameters_and_starts_from_the_searched_scales() -> None:
+    linear, grid = nn.Linear(32, 24).eval(), Grid(4, 8)
+    layer = FakeQuantLinear.from_linear(linear, grid)
+    scales = search_scales(linear.weight, grid, ratios=LSQ_RATIOS)
+
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert not layer.training
+    assert layer.state_dict().keys() == {"weight", "bias", "log_scale"}
+    assert torch.equal(layer.codes_and_scales()[1], scales)  # exp(log(s)) rounds back to s
+    assert layer.log_scale.requires_grad
+    assert "bits=4" in repr(layer)
+
+
+def test_exp_of_log_gives_every_fp16_scale_back() -> None:
+    grid = Grid(8, -1)
+    every = torch.arange(1, 1 << 15, dtype=torch.int16).view(torch.float16).float()
+    every = every[(every >= 2.0**-14) & (every <= 65504 / 128)]
+    assert len(every) > 20_000
+    assert torch.equal(stored(every.log(), grid), every)
+
+
+def test_forward_uses_the_codes_and_scales_it_reports() -> None:
+    layer = FakeQuantLinear.from_linear(nn.Linear(32, 24), Grid(3, 8))
+    x = torch.randn(2, 7, 32)
+    codes, scales = layer.codes_and_scales()
+    assert codes.dtype == torch.int8
+    expected = F.linear(x, dequantize(codes, scales, layer.grid), layer.bias)
+    assert torch.equal(layer(x), expected)
+    assert not torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_forward_follows_the_inputs_dtype_and_autocast() -> None:
+    layer = FakeQuantLinear.from_linear(nn.Linear(32, 24), Grid(4, 8))
+    x = torch.randn(7, 32)
+    codes, scales = layer.codes_and_scales()
+    weight = dequantize(codes, scales, layer.grid).bfloat16()
+    expected = F.linear(x.bfloat16(), weight, layer.bias.bfloat16())
+    assert torch.equal(layer(x.bfloat16()), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = layer(x)
+    assert torch.equal(mixed, expected)
+    mixed.float().sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
+    assert layer.log_scale.grad is not None
+
+
+def test_training_the_scales_lowers_the_error() -> None:
+    grid = Grid(3, 8)
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    log_scale = (weight.reshape(4, 4, 8).abs().amax(-1) / 3 * 3).log().requires_grad_()  # 3 x wide
+    optimizer = torch.optim.Adam([log_scale], lr=0.02)
+    errors = []
+    for _ in range(100):
+        loss = (fake_quant(weight, log_scale, grid) - weight).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append(loss.item())
+    searched = search_scales(weight, grid)
+    best = (fake_quant(weight, searched.log(), grid) - weight).square().sum().item()
+    assert errors[-1] < 0.3 * errors[0]
+    assert errors[-1] < 2 * best  # straight-through descent ends near the searched optimum
+
+
+def test_attach_then_forward_is_the_linear_with_dequantized_weights() -> None:
+    model, grid = tiny_model(), Grid(4, 8)
+    expected = tiny_model()
+    for name in ("1.up", "1.down"):
+        linear = expected.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        scales = search_scales(linear.weight, grid, ratios=LSQ_RATIOS)
+        linear.weight.data = dequantize(quantize(linear.weight, scales, grid), scales, grid)
+
+    layers = attach(model, ["1.up", "1.down", "1.up"], grid)
+
+    assert list(layers) == ["1.up", "1.down"]
+    assert layers == quantized_layers(model)
+    assert type(model[2]) is nn.Linear
+    x = torch.randn(3, 32)
+    for name in ("1.up", "1.down"):
+        module = expected.get_submodule(name)
+        y = torch.randn(3, module.in_features)  # type: ignore[arg-type]
+        assert torch.equal(model.get_submodule(name)(y), module(y))
+    assert torch.equal(model[2](x), expected[2](x))
+
+
+def test_detach_restores_plain_linears_with_the_same_outputs() -> None:
+    model = tiny_model().eval()
+    attach(model, ["1.up", "1.down"], Grid(4, 8))
+    up, down = (model.get_submodule(f"1.{n}") for n in ("up", "down"))
+    bias = up.bias
+    x, y = torch.randn(3, 32), torch.randn(3, 24)
+    before = up(x), down(y)
+
+    assert detach(model) == ["1.up", "1.down"]
+
+    up, down = (model.get_submodule(f"1.{n}") for n in ("up", "down"))
+    assert type(up) is nn.Linear
+    assert type(down) is nn.Linear
+    assert up.bias is bias
+    assert down.bias is None
+    assert not up.training
+    assert up.weight.requires_grad
+    assert torch.equal(up(x), before[0])
+    assert torch.equal(down(y), before[1])
+    assert model.state_dict().keys() == tiny_model().state_dict().keys()
+    assert quantized_layers(model) == {}
+    assert detach(model) == []
+
+
+def test_detach_leaves_a_tied_weight_alone() -> None:
+    model = tiny_model()
+    model[2].weight = model[0].weight
+    original = model[0].weight.detach().clone()
+    attach(model, ["2"], Grid(4, 8))
+    assert model[2].weight is model[0].weight
+    detach(model)
+    assert torch.equal(model[0].weight, original)
+    assert not torch.equal(model[2].weight, original)
+
+
+@pytest.mark.parametrize("name", ["1.gate", "0", "1", ""])
+def test_attach_refuses_what_is_no_linear_and_replaces_nothing(name: str) -> None:
+    model = tiny_model()
+    with pytest.raises(UsageError, match="cannot quantize"):
+        attach(model, ["1.up", name], Grid(4, 8))
+    assert quantized_layers(model) == {}
+
+
+def test_attach_twice_is_refused() -> None:
+    model = tiny_model()
+    attach(model, ["1.up"], Grid(4, 8))
+    with pytest.raises(UsageError, match="FakeQuantLinear"):
+        attach(model, ["1.up"], Grid(4, 8))
+
+
+def test_attach_names_the_layer_that_does_not_fit() -> None:
+    model = tiny_model()
+    with pytest.raises(ShapeError, match=r"1\.down: group size 32 does not divide 24"):
+        attach(model, ["1.up", "1.down"], Grid(4, 32))
+    assert quantized_layers(model) == {}
+
+
+def test_diverged_scales_and_weights_are_reported() -> None:
+    layer = FakeQuantLinear.from_linear(nn.Linear(32, 8), Grid(4, 8))
+    layer.log_scale.data[0, 0] = math.nan
+    with pytest.raises(NumericsError, match="scale"):
+        layer.codes_and_scales()
+    with pytest.raises(NumericsError, match="fp16"):
+        FakeQuantLinear.from_linear(
+            nn.utils.skip_init(nn.Linear, 8, 8).apply(_fill_nan), Grid(4, 8)
+        )
+
+
+def _fill_nan(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        nn.init.constant_(parameter, math.nan)

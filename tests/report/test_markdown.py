@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from qatbench.report.markdown import render, verdict
+from qatbench.report.model import (
+    ADVICE,
+    ArmResult,
+    Comparison,
+    Definition,
+    PairResult,
+    ReportWarning,
+    SeedPair,
+    TaskComparison,
+    WarningCode,
+)
+from qatbench.report.tables import arm_rows, duration, p_value, points
+
+GOLDEN = Path(__file__).parent / "golden" / "report.md"
+
+
+def arm(name: str, accuracies: tuple[float, ...], **facts: Any) -> ArmResult:
+    mean = sum(accuracies) / len(accuracies)
+    zeros = (0,) * len(accuracies)
+    given = {
+        "name": name,
+        "seeds": tuple(range(len(accuracies))),
+        "fingerprints": (None,) * len(accuracies),
+        "n": 1000,
+        "rows": 1000,
+        "right": tuple(round(1000 * accuracy) for accuracy in accuracies),
+        "accuracies": accuracies,
+        "accuracy": mean,
+        "low": mean - 0.03,
+        "high": mean + 0.03,
+        "spread": 0.0123 if len(accuracies) > 1 else None,
+        "chance": 0.44,
+        "unparsed": zeros,
+        "errors": zeros,
+        "ties": zeros,
+    }
+    return ArmResult.model_validate(given | facts)
+
+
+def pair(one: ArmResult, other: ArmResult, **numbers: Any) -> PairResult:
+    difference = one.accuracy - other.accuracy
+    seeds = [SeedPair(seed=k, reference_seed=0, lost=20, gained=31 + k, p=0.161) for k in one.seeds]
+    given = {
+        "arm": one.name,
+        "reference": other.name,
+        "difference": difference,
+        "low": difference - 0.02,
+        "high": difference + 0.02,
+        "p": 0.0004,
+        "p_holm": 0.0012,
+        "verdict": "better" if difference > 0 else "worse",
+        "n_needed": 4200,
+        "seed_pairs": tuple(seeds),
+        "lost": 20,
+        "gained": 31 + (len(seeds) - 1) / 2,
+    }
+    return PairResult.model_validate(given | numbers)
+
+
+def definition(**changes: Any) -> Definition:
+    given = {
+        "task": "scienceqa:test:text",
+        "protocol": ("llava-sqa",),
+        "mode": ("options",),
+        "n": 1000,
+        "dropped": {},
+        "intersection": False,
+        "text_only": True,
+        "data": {"scienceqa:test:text": ("d1g357",)},
+        "prompt_form": (),
+        "dtype": ("float32",),
+        "device": ("cpu",),
+        "batch": ("8",),
+        "versions": {"torch": ("2.11.0",)},
+        "seeds": {"base": (0,), "gptq": (0,), "grace": (0, 1)},
+        "margin": 0.01,
+        "level": 0.95,
+        "bootstrap_draws": 10_000,
+        "bootstrap_seed": 0,
+        "family_size": 3,
+        "recipe": "smol-scienceqa",
+    }
+    return Definition.model_validate(given | changes)
+
+
+BASE = arm("base", (0.555,), method="base", bits_per_weight=16.0, checkpoint_bytes=269_060_552,
+           label="weights dequantized from Q4_1")  # fmt: skip
+GPTQ = arm("gptq", (0.641,), method="gptq", bits=4, group_size=64, bits_per_weight=4.25,
+           checkpoint_bytes=112_000_000, making_seconds=61, calibration_seconds=30,
+           ties=(3,))  # fmt: skip
+GRACE = arm("grace", (0.70, 0.71), method="grace", bits=4, group_size=64, bits_per_weight=4.25,
+            checkpoint_bytes=112_000_000, making_seconds=500, training_seconds=480,
+            samples_seen=12_800, device="one GPU", notes=["RCKA inactive: no images"])  # fmt: skip
+
+
+def comparison(contest: PairResult | None = None, *arms: ArmResult, **changes: Any) -> Comparison:
+    chosen = arms or (BASE, GPTQ, GRACE)
+    ties = ReportWarning(code=WarningCode.TIES, arms=("gptq",), detail="gptq: 3 of 1000 rows")
+    task = TaskComparison(
+        definition=definition(**changes),
+        arms=chosen,
+        pairs=tuple(pair(one, BASE) for one in chosen if one is not BASE),
+        contest=contest,
+        warnings=(ties,),
+    )
+    return Comparison(baseline="base", tasks=(task,))
+
+
+def words(result: Comparison) -> str:
+    return verdict(result.tasks[0], result.baseline)
+
+
+def test_report_is_the_golden_one() -> None:
+    """QATBENCH_GOLDEN=write makes it anew; say why in the commit."""
+    text = render(comparison(pair(GRACE, GPTQ)))
+    if os.environ.get("QATBENCH_GOLDEN") == "write":
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_one_row_an_arm_with_its_interval() -> None:
+    text = render(comparison(pair(GRACE, GPTQ)))
+    rows = re.findall(r"^\| (\S+) \| (\d+\.\d) \| (\[\d+\.\d, \d+\.\d\]) \|", text, re.MULTILINE)
+    assert rows == [
+        ("base", "55.5", "[52.5, 58.5]"),
+        ("gptq", "64.1", "[61.1, 67.1]"),
+        ("grace", "70.5", "[67.5, 73.5]"),
+    ]
+    assert "(1) `base`: weights dequantized from Q4_1." in text
+    assert "- `grace`: RCKA inactive: no images" in text
+    assert "1000 (text only)" in text
+
+
+def test_a_clear_lead_of_qat_ships_qat() -> None:
+    text = words(comparison(pair(GRACE, GPTQ)))
+    assert text.startswith("**Ship `grace`**: the best QAT arm is above the best PTQ arm.")
+    assert "QAT minus PTQ: +6.4 [+4.4, +8.4] points (p 0.001)" in text
+    assert "`grace` 8 min to make, 112.0 MB, 4.25 bits/weight; `gptq` 61 s to make" in text
+
+
+def test_a_lead_that_holm_or_the_interval_denies_ships_the_cheaper() -> None:
+    for numbers in ({"p_holm": 0.06}, {"low": -0.01}):
+        contest = pair(GRACE, GPTQ, verdict="undecided", **numbers)
+        text = words(comparison(contest))
+        assert text.startswith("**Ship `gptq`**: no difference is shown")
+        assert "about 4200 questions" in text
+
+
+def test_equivalent_arms_ship_the_cheaper_even_when_the_difference_is_sure() -> None:
+    contest = pair(GRACE, GPTQ, verdict="equivalent", difference=0.004, low=0.001, high=0.007)
+    assert words(comparison(contest)).startswith(
+        "**Ship `gptq`**: the two are equivalent within ±1"
+    )
+    dear = GPTQ.model_copy(update={"training_seconds": 900.0})
+    assert dear.cost_seconds == 930  # PTQ of a trained checkpoint: its training counts
+    assert words(comparison(contest, BASE, dear, GRACE)).startswith("**Ship `grace`**")
+
+
+def test_qat_below_ptq_ships_ptq() -> None:
+    low = GRACE.model_copy(update={"accuracy": 0.6})
+    text = words(comparison(pair(low, GPTQ), BASE, GPTQ, low))
+    assert text.startswith("**Ship `gptq`**: the best QAT arm is below the best PTQ arm.")
+
+
+def test_without_a_contest_the_best_quantized_arm_leads() -> None:
+    text = words(comparison(None, BASE, GPTQ))
+    assert text.startswith("**Best quantized arm: `gptq`**, the only PTQ arm, with 64.1 %")
+    assert "it is +8.6 [+6.6, +10.6] points (p 0.001): better." in text
+    unknown = words(comparison(None, BASE))
+    assert "No arm states a quantization method" in unknown
+    assert "`base` is the baseline" in unknown
+
+
+def test_one_training_seed_is_said_in_the_verdict() -> None:
+    once = arm("grace", (0.705,), method="grace")
+    contest = pair(once, GPTQ)
+    assert "trained with one seed" in words(comparison(contest, BASE, GPTQ, once))
+    assert "trained with one seed" not in words(comparison(pair(GRACE, GPTQ)))
+
+
+def test_intersection_is_in_the_definition() -> None:
+    text = render(comparison(None, BASE, GPTQ, intersection=True, dropped={"base": 7, "gptq": 0}))
+    assert "the intersection of the arms, left out: base 7, gptq 0" in text
+
+
+def test_a_bar_in_a_name_does_not_break_the_table() -> None:
+    odd = arm("w4|g64", (0.6,), method="rtn")
+    assert r"| w4\|g64 | 60.0 |" in render(comparison(None, BASE, odd))
+
+
+def test_rows_fit_a_terminal_of_100_columns() -> None:
+    wide = arm("mini-grace-norcka", (0.5,), checkpoint_bytes=4_520_000_000, making_seconds=5900,
+               bits_per_weight=4.25)  # fmt: skip
+    rows = arm_rows(comparison(None, BASE, wide))
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for key in list(rows[0])[1:]:
+        table.add_column(key, no_wrap=True)
+    for row in rows:
+        table.add_row(*list(row.values())[1:])
+    assert Console().measure(table).maximum <= 100
+
+
+@pytest.mark.parametrize(
+    ("got", "wanted"),
+    [
+        (points(-0.0004), "0.0"),
+        (points(0.0206), "+2.1"),
+        (p_value(0.00099), "<0.001"),
+        (p_value(1.0), "1.000"),
+        (duration(0.0), "0 s"),
+        (duration(99.6), "2 min"),
+        (duration(7200), "2.0 h"),
+        (duration(None), "-"),
+    ],
+)
+def test_formats(got: str, wanted: str) -> None:
+    assert got == wanted
+
+
+def test_every_warning_has_advice() -> None:
+    assert set(ADVICE) == set(WarningCode)
