@@ -100,8 +100,9 @@ def _contest_words(task: TaskComparison, contest: PairResult) -> tuple[ArmResult
     else:
         shipped, price = _cheaper(qat, ptq)
         why = (
-            f"no difference is shown between the best QAT and the best PTQ arm, and {price}; to show"
-            f" them equivalent within {margin} points would take about {contest.n_needed} questions"
+            f"no difference is shown between the best QAT and the best PTQ arm, and {price}; to"
+            f" show them equivalent within {margin} points would take about"
+            f" {contest.n_needed} questions"
         )
     picked = ""
     if sum(arm.family in ("QAT", "PTQ") for arm in task.arms) > 2:

@@ -124,11 +124,11 @@ def _adjusted(tasks: list[TaskComparison]) -> tuple[TaskComparison, ...]:
     ids = [
         (k, pair) for k, task in enumerate(tasks) for pair in (*task.pairs, task.contest) if pair
     ]
-    family = {(k, (pair.arm, pair.reference)): pair.p for k, pair in ids}
+    family = {(k, frozenset((pair.arm, pair.reference))): pair.p for k, pair in ids}
     adjusted = dict(zip(family, stats.holm(list(family.values())), strict=True)) if family else {}
 
     def fill(k: int, pair: PairResult) -> PairResult:
-        p_holm = adjusted[k, (pair.arm, pair.reference)]
+        p_holm = adjusted[k, frozenset((pair.arm, pair.reference))]
         return pair.model_copy(update={"p_holm": p_holm})
 
     return tuple(

@@ -46,10 +46,13 @@ class EvalSettings:
     batch_size: int | None = None
     max_errors: float = 0.01
 
-    def spec(self, model: ModelFolder, asked: Mapping[str, Sequence[Question]]) -> dict[str, Any]:
-        """What decides the predictions: not the device, nor how questions are batched."""
+    def spec(self, model: str, asked: Mapping[str, Sequence[Question]]) -> dict[str, Any]:
+        """What decides the predictions: not the device, nor how questions are batched.
+
+        `model` is its fingerprint.
+        """
         return {
-            "model": model.fingerprint(),
+            "model": model,
             "tasks": {name: selector.digest(rows) for name, rows in asked.items()},
             "protocol": dict(sorted(self.protocol.items())),
             "mode": self.mode,
@@ -93,7 +96,7 @@ def evaluate(
     started = time.monotonic()
     asked = questions_of(settings.selectors, paths, settings.limit, settings.seed)
     _refuse_images(model, asked)
-    folder = store.RunFolder(out, "eval", settings.spec(model, asked))
+    folder = store.RunFolder(out, "eval", settings.spec(model.fingerprint(), asked))
     if folder.begin(resume=resume) is store.State.DONE:
         store.read_predictions(out / "predictions.jsonl")
         return store.read_json(out / store.PROVENANCE)
@@ -102,7 +105,7 @@ def evaluate(
     progress("Loading the model", 0, 0)
     loaded = models.load(model, device=device, dtype=dtype, kernel=_kernel(settings, model))
     answered = time.monotonic()
-    rows = _answer_all(loaded, settings, asked, out / PARTIAL, progress)
+    rows = answer_all(loaded, settings, asked, out / PARTIAL, progress)
     seconds = time.monotonic() - answered
     _check_errors(rows, settings.max_errors)
     _write_predictions(rows, out, paths)
@@ -170,13 +173,14 @@ class _Item:
         return len(self.row or self.prompt or ())
 
 
-def _answer_all(
+def answer_all(
     loaded: Loaded,
     settings: EvalSettings,
     asked: Mapping[str, Sequence[Question]],
     partial: Path,
     progress: Progress,
 ) -> list[Prediction]:
+    """Answer all questions, batch by batch, appending to `partial`; in the order asked."""
     encoder = Encoder(loaded)
     items = [_prepare(encoder, question, settings) for rows in asked.values() for question in rows]
     batches = _batches(items, settings.batch_size, _budget(loaded.device.type))

@@ -44,12 +44,11 @@ class QuantizeSettings:
     protocol: str = "qatbench"
     seed: int = 0
     device: str | None = None
-    label: str | None = None  # the arm's name in reports
 
-    def spec(self, model: ModelFolder, questions: Sequence[Question]) -> dict[str, Any]:
-        """What decides the checkpoint."""
+    def spec(self, model: str, questions: Sequence[Question]) -> dict[str, Any]:
+        """What decides the checkpoint; `model` is its fingerprint."""
         spec: dict[str, Any] = {
-            "model": model.fingerprint(),
+            "model": model,
             "method": self.method,
             "bits": self.bits,
             "group_size": self.group_size,
@@ -80,7 +79,7 @@ def quantize(
     started = time.monotonic()
     check_grid(model, settings.bits, settings.group_size)
     questions = [] if settings.method == "rtn" else calibration_questions(settings, paths)
-    folder = store.RunFolder(out, "quantize", settings.spec(model, questions))
+    folder = store.RunFolder(out, "quantize", settings.spec(model.fingerprint(), questions))
     if folder.begin(resume=resume) is store.State.DONE:
         return store.read_json(out / store.PROVENANCE)
     device = models.pick_device(settings.device)

@@ -130,7 +130,7 @@ def train(request: TrainRequest, out: Path, *, resume: bool, progress: Progress)
         return store.read_json(out / store.PROVENANCE)
     device = models.pick_device(request.device)
     progress("Loading the models", 0, 0)
-    run = _Run(request, device, out)
+    run = TrainingRun(request, device, out)
     run.fit(progress)
     progress("Writing and reloading the checkpoint", 0, 0)
     figures = run.figures() | run.export()
@@ -146,7 +146,7 @@ def train(request: TrainRequest, out: Path, *, resume: bool, progress: Progress)
     )
 
 
-class _Run:
+class TrainingRun:
     """One training run: models, optimizer, controller and the loop."""
 
     def __init__(self, request: TrainRequest, device: str, out: Path) -> None:

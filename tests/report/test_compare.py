@@ -10,82 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_folders import TASK, damage, lost_two_gained_three, pattern, predictions, write_run
 
 from qatbench import stats
-from qatbench.errors import ArtifactError, PrerequisiteError, QatbenchError, UsageError
-from qatbench.records import Accuracy, Metrics, Prediction, TaskMetrics
+from qatbench.records import Prediction
 from qatbench.report.model import Comparison, WarningCode
 from qatbench.report.tables import arm_rows, pair_rows
 from qatbench.stages.compare import compare, write
 from qatbench.stages.paired import sign_flip_test, wilson_of_mean
 
-TASK = "scienceqa:test:text"
-
-
-def predictions(right: Sequence[int], task: str = TASK, **changes: Any) -> list[Prediction]:
-    """One row an entry: 1 chose the gold letter, 0 another."""
-    return [
-        Prediction(
-            id=f"{k}",
-            task=task,
-            choices=("A", "B"),
-            gold="A",
-            chosen="A" if good else "B",
-            status="ok",
-            **changes,
-        )
-        for k, good in enumerate(right)
-    ]
-
-
-def task_metrics(rows: Sequence[Prediction], protocol: str) -> TaskMetrics:
-    right = sum(row.right for row in rows)
-    overall = Accuracy(
-        n=len(rows), right=right, accuracy=right / len(rows), low=0, high=1, chance=0.5
-    )
-    return TaskMetrics(
-        task=rows[0].task,
-        protocol=protocol,
-        mode="options",
-        overall=overall,
-        unparsed=sum(row.status == "unparsed" for row in rows),
-        errors=sum(row.status == "error" for row in rows),
-        ties=sum(row.tie for row in rows),
-    )
-
-
-def write_run(
-    folder: Path, rows: Sequence[Prediction], *, protocol: str = "llava-sqa", **model: Any
-) -> Path:
-    folder.mkdir(parents=True)
-    lines = "".join(row.model_dump_json() + "\n" for row in rows)
-    (folder / "predictions.jsonl").write_text(lines)
-    tasks = [
-        task_metrics(list(mine), protocol) for _, mine in itertools.groupby(rows, lambda r: r.task)
-    ]
-    metrics = Metrics(tasks=tuple(tasks), seconds=1, questions_per_second=1)
-    (folder / "metrics.json").write_text(metrics.model_dump_json())
-    if model:
-        provenance = {
-            "fingerprint": "f00d",
-            "spec": {"dtype": "float32", "batch": 8},
-            "inputs": {"model": model, "data": {TASK: "d1"}},
-            "versions": {"torch": "2.0"},
-        }
-        (folder / "provenance.json").write_text(json.dumps(provenance))
-    return folder
-
-
-def pattern(n: int, right: int) -> list[int]:
-    return [1] * right + [0] * (n - right)
-
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
-    """Base right on 0-5, arm right on 2-8, of ten questions: lost 0, 1; gained 6, 7, 8."""
-    base = write_run(tmp_path / "r" / "base", predictions([1] * 6 + [0] * 4), method="base")
-    arm = write_run(tmp_path / "r" / "gptq", predictions([0] * 2 + [1] * 7 + [0]), method="gptq")
-    return base, arm
+    return lost_two_gained_three(tmp_path)
 
 
 def test_flips_and_sign_by_hand(pair: tuple[Path, Path]) -> None:
@@ -186,9 +123,10 @@ def test_holm_covers_all_tasks_and_counts_a_pair_once(tmp_path: Path) -> None:
     assert (first.contest.arm, first.contest.reference) == ("qat", "rtn")
     stated = [p for task in result.tasks for p in (*task.pairs, task.contest) if p]
     assert [p.p_holm for p in stated] == pytest.approx(stats.holm([p.p for p in stated]))
-    against_ptq = compare([base, qat], rtn, draws=200)
-    assert against_ptq.tasks[0].definition.family_size == 4  # the contest is one of the pairs
-    assert len(pair_rows(against_ptq)) == 4
+    for reference in (rtn, qat):  # the contest is one of the pairs, one way round or the other
+        again = compare([base, rtn, qat], reference, draws=200)
+        assert again.tasks[0].definition.family_size == 4
+        assert len(pair_rows(again)) == 4
 
 
 def test_groups_are_right_when_all_rows_are(tmp_path: Path) -> None:
@@ -221,91 +159,6 @@ def test_unparsed_errors_and_ties_are_counted_apart(tmp_path: Path) -> None:
     assert {WarningCode.UNPARSED, WarningCode.ERRORS, WarningCode.TIES} <= codes
     assert all(warning.advice for warning in task.warnings)
     assert task.pairs == ()
-
-
-def test_different_questions_need_intersection(tmp_path: Path) -> None:
-    base = write_run(tmp_path / "base", predictions(pattern(10, 6)))
-    arm = write_run(tmp_path / "arm", predictions(pattern(7, 3)))
-    with pytest.raises(ArtifactError, match="different questions") as caught:
-        compare([arm], base)
-    assert caught.value.exit_code == 4
-    assert "--intersection" in caught.value.hint
-    task = compare([arm], base, intersection=True, draws=100).tasks[0]
-    assert task.definition.n == task.arm("base").n == 7
-    assert task.arm("base").right == (6,)
-    assert task.definition.dropped == {"base": 3, "arm": 0}
-    assert WarningCode.INTERSECTION in {warning.code for warning in task.warnings}
-
-
-def test_another_gold_answer_is_another_question(tmp_path: Path) -> None:
-    rows = predictions(pattern(10, 6))
-    base = write_run(tmp_path / "base", rows)
-    other = [rows[0].model_copy(update={"gold": "B"}), *rows[1:]]
-    arm = write_run(tmp_path / "arm", other)
-    with pytest.raises(ArtifactError, match="another gold answer"):
-        compare([arm], base)
-    assert compare([arm], base, intersection=True, draws=100).tasks[0].definition.n == 9
-
-
-def damage(folder: Path, name: str, text: str) -> None:
-    (folder / name).write_text(text)
-
-
-LINE = predictions([1])[0].model_dump_json() + "\n"
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("predictions.jsonl", LINE + '{"id": "1", "ta', r"predictions\.jsonl, line 2 is damaged"),
-        ("predictions.jsonl", LINE + "7\n", "line 2 is damaged"),
-        ("predictions.jsonl", LINE + LINE, "line 2: id 0 .* already on line 1"),
-        ("predictions.jsonl", LINE, r"has 1 rows of .*, metrics\.json counts 10"),
-        ("predictions.jsonl", "", r"has 0 rows of .*, metrics\.json counts 10"),
-        ("predictions.jsonl", LINE.replace('"gold":"A"', '"gold":null'), "no gold answer"),
-        ("metrics.json", "{}", r"metrics\.json is damaged"),
-        ("provenance.json", "[1]", r"provenance\.json is damaged"),
-        ("provenance.json", '{"inputs": {"model": {"bits": "four"}}}', "bits"),
-    ],
-)
-def test_damage_is_exit_4_and_names_the_place(
-    pair: tuple[Path, Path], name: str, text: str, message: str
-) -> None:
-    base, arm = pair
-    damage(arm, name, text)
-    with pytest.raises(ArtifactError, match=message) as caught:
-        compare([arm], base)
-    assert caught.value.exit_code == 4
-    assert str(arm) in caught.value.message
-    assert caught.value.hint
-
-
-@pytest.mark.parametrize("missing", ["metrics.json", "predictions.jsonl", None])
-def test_missing_is_exit_3_and_says_what_to_run(
-    pair: tuple[Path, Path], missing: str | None
-) -> None:
-    base, arm = pair
-    if missing is None:
-        arm = arm.with_name("awq")
-    else:
-        (arm / missing).unlink()
-    with pytest.raises(PrerequisiteError) as caught:
-        compare([arm], base)
-    assert caught.value.exit_code == 3
-    assert "qatbench eval" in caught.value.hint
-
-
-def test_both_kinds_of_folder_at_once_are_refused(pair: tuple[Path, Path]) -> None:
-    base, arm = pair
-    write_run(arm / "seed-0", predictions(pattern(10, 5)))
-    with pytest.raises(ArtifactError, match="both"):
-        compare([arm], base)
-
-
-@pytest.mark.parametrize("margin", [0.0, 1.0])
-def test_margin_is_a_fraction(pair: tuple[Path, Path], margin: float) -> None:
-    with pytest.raises(UsageError):
-        compare([pair[1]], pair[0], margin=margin)
 
 
 def test_arms_are_named_by_as_little_path_as_tells_them_apart(tmp_path: Path) -> None:
@@ -373,13 +226,6 @@ def test_written_files_read_back(pair: tuple[Path, Path], tmp_path: Path) -> Non
     first = {path: path.read_bytes() for path in paths}
     write(compare([pair[1]], pair[0], draws=100), out)
     assert {path: path.read_bytes() for path in paths} == first  # same runs, same bytes
-
-
-def test_every_expected_failure_is_ours(pair: tuple[Path, Path]) -> None:
-    damage(pair[1], "predictions.jsonl", "\xff\n")
-    (pair[1] / "predictions.jsonl").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(QatbenchError):
-        compare([pair[1]], pair[0])
 
 
 def test_json_holds_no_nan(pair: tuple[Path, Path]) -> None:

@@ -160,9 +160,9 @@ def test_a_lead_that_holm_or_the_interval_denies_ships_the_cheaper() -> None:
 
 def test_equivalent_arms_ship_the_cheaper_even_when_the_difference_is_sure() -> None:
     contest = pair(GRACE, GPTQ, verdict="equivalent", difference=0.004, low=0.001, high=0.007)
-    assert words(comparison(contest)).startswith(
-        "**Ship `gptq`**: the two are equivalent within ±1"
-    )
+    text = words(comparison(contest))
+    assert text.startswith("**Ship `gptq`**: the best QAT and the best PTQ arm are equivalent")
+    assert "within ±1 points, and it cost no more" in text
     dear = GPTQ.model_copy(update={"training_seconds": 900.0})
     assert dear.cost_seconds == 930  # PTQ of a trained checkpoint: its training counts
     assert words(comparison(contest, BASE, dear, GRACE)).startswith("**Ship `grace`**")

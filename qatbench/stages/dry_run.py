@@ -1,0 +1,79 @@
+"""run --dry-run: what is finished, what is missing and what it would cost. No weights, no data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qatbench import store
+from qatbench.recipe import TRAINED, Arm, Recipe
+from qatbench.stages.grid_check import peek
+from qatbench.vlm import layout
+
+# Floating-point operations a second that this project's own stages reached: used for estimates
+# only, which are printed as such. CPU: 2 cores, fp32; GPU: H100, bf16 with small batches.
+FLOPS = {"cpu": 6e10, "cuda": 4e13}
+TOKENS_PER_SAMPLE = 100
+GIB = 2**30
+
+
+def dry_run(recipe: Recipe, results: Path, paths: Mapping[str, str], device: str) -> dict[str, Any]:
+    """One row a unit (arm and seed): state, and estimates of what is missing.
+
+    Returns: `units` (unit, evaluated, checkpoint, seconds, memory_gib, disk_gib) and `missing`
+        (data folders that are not there). Estimates are None for a model only the hub knows.
+    """
+    config = peek(recipe.student)
+    weights = _weights(config) if config else None
+    root = results / recipe.name
+    units = []
+    for name, arm in recipe.arms.items():
+        for seed in recipe.seeds_of(name):
+            tail = [name] if seed is None else [name, f"seed-{seed}"]
+            evaluated = (root.joinpath(*tail) / store.PROVENANCE).exists()
+            made = arm.kind == "base" or (
+                root.joinpath("checkpoints", *tail) / store.PROVENANCE
+            ).exists()
+            row = {"unit": "/".join(tail), "evaluated": evaluated, "checkpoint": made}
+            units.append(row | _estimate(recipe, arm, weights, device, made or evaluated))
+    places = recipe.data.paths | paths
+    absent = [f"{task}: {path}" for task, path in places.items() if not _there(path)]
+    return {"recipe": recipe.name, "device": device, "units": units, "missing": absent}
+
+
+def _there(path: str) -> bool:
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    return path == "mini" or not looks_local or Path(path).exists()
+
+
+def _weights(config: Mapping[str, Any]) -> int:
+    """Number of weights: the language model's linears, and its embeddings once."""
+    text = config.get("text_config") or config
+    shapes = layout.linear_shapes(config)
+    width = shapes[next(iter(shapes))][1]
+    return sum(out * n for out, n in shapes.values()) + int(text.get("vocab_size", 0)) * width
+
+
+def _estimate(
+    recipe: Recipe, arm: Arm, weights: int | None, device: str, made: bool
+) -> dict[str, float | None]:
+    if weights is None:
+        return {"seconds": None, "memory_gib": None, "disk_gib": None}
+    rate = FLOPS["cpu" if device == "cpu" else "cuda"]
+    limit = recipe.evaluation.limit or 4241
+    work = 2.0 * weights * TOKENS_PER_SAMPLE * limit
+    memory, disk = 4.0 * weights, 0.0
+    if not made and arm.kind in TRAINED:
+        training = recipe.training_of(arm)
+        passes = 8 if arm.kind in ("kd", "grace") else 6
+        work += passes * weights * TOKENS_PER_SAMPLE * training.steps * training.batch_size
+        memory, disk = 16.0 * weights, 2.0 * weights
+    elif not made and arm.kind != "base":
+        work += 12.0 * weights * TOKENS_PER_SAMPLE * recipe.calibration.samples
+        memory, disk = 8.0 * weights, weights
+    return {
+        "seconds": round(work / rate, 1),
+        "memory_gib": round(memory / GIB, 2),
+        "disk_gib": round(disk / GIB, 2),
+    }

@@ -1,0 +1,30 @@
+"""Does a grid fit a model? From config.json alone: recipes are checked before torch is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qatbench import store
+from qatbench.errors import PrerequisiteError
+from qatbench.vlm import builtin, layout
+
+
+def check_grid(student: str, bits: int, group_size: int) -> list[str]:
+    """Problems of a grid with a model, from its config alone; [] for a hub id not looked up yet."""
+    config = peek(student)
+    return layout.grid_problems(config, bits, group_size) if config else []
+
+
+def peek(name: str) -> dict[str, Any] | None:
+    """config.json of a local or built-in model; None for what only the hub knows.
+
+    Raises: PrerequisiteError when it is neither.
+    """
+    if name == builtin.SMOLLM2:
+        return dict(builtin.SMOLLM2_SIZES)
+    if Path(name).is_dir():
+        return store.read_json(Path(name) / "config.json")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return None
+    raise PrerequisiteError(f"no model at {name}", hint="a folder, a hub id, or a built-in name")

@@ -1,0 +1,191 @@
+"""From a recipe to the artifacts it asks for: arms x seeds with settings and fingerprints.
+
+Fingerprints follow from settings and inputs alone, so what is finished is recognised even where
+its checkpoint is not there any more, as in a fresh clone with committed results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qatbench import store
+from qatbench.errors import PrerequisiteError, QatbenchError
+from qatbench.recipe import PTQ, TAUGHT, TRAINED, Arm, ArmRef, Recipe
+from qatbench.records import Question
+from qatbench.stages.evaluate import EvalSettings
+from qatbench.stages.objective import Distillation
+from qatbench.stages.quantize import QuantizeSettings, calibration_questions
+from qatbench.stages.train import ControllerSettings, TrainSettings
+from qatbench.tasks import selector
+from qatbench.vlm import load as models
+from qatbench.vlm.load import ModelFolder
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One arm with one seed: what the run makes and evaluates."""
+
+    arm: str
+    seed: int | None
+    folder: Path  # predictions, metrics, provenance
+    checkpoint: Path | None  # None: the student as it is
+    source: Unit | None  # the unit whose checkpoint is quantized or trained on
+    teacher: Unit | None
+    settings: QuantizeSettings | TrainSettings | None
+    fingerprint: str
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.arm if self.seed is None else f"{self.arm} (seed {self.seed})"
+
+
+class Plan:
+    """All units of a recipe, in an order in which each comes after what it needs."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        results: Path,
+        *,
+        paths: dict[str, str],
+        limit: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.recipe, self.device = recipe, device
+        self.paths = recipe.data.paths | paths
+        self.root = results / recipe.name
+        self.student = models.find(recipe.student)
+        teacher = recipe.teacher
+        self.teacher = models.find(teacher) if isinstance(teacher, str) else None
+        self.train_rows = self._rows(recipe.data.train)
+        self._calibration: list[Question] | None = None
+        self._units: dict[tuple[str, int | None], Unit] = {}
+        self.evaluation = EvalSettings(
+            selectors=tuple(selector.parse(text) for text in recipe.data.eval),
+            protocol={
+                selector.parse(text).task: recipe.evaluation.protocol for text in recipe.data.eval
+            },
+            mode=recipe.evaluation.mode,
+            dtype=recipe.evaluation.dtype,
+            kernel=recipe.evaluation.kernel,
+            limit=limit or recipe.evaluation.limit,
+            seed=recipe.seed,
+            device=device,
+        )
+
+    def units(self, arms: Sequence[str]) -> list[Unit]:
+        """The units of the given arms."""
+        return [self.unit(arm, seed) for arm in arms for seed in self.recipe.seeds_of(arm)]
+
+    def unit(self, name: str, seed: int | None) -> Unit:
+        """One unit, with those it is made from."""
+        if (name, seed) not in self._units:
+            self._units[name, seed] = self._make(name, seed)
+        return self._units[name, seed]
+
+    def _make(self, name: str, seed: int | None) -> Unit:
+        arm = self.recipe.arms[name]
+        tail = [name] if seed is None else [name, f"seed-{seed}"]
+        source = self.unit(arm.of, self._seed_in(arm.of, seed)) if arm.of else None
+        teacher = self._teacher(arm, seed)
+        origin = source.fingerprint if source else self.student.fingerprint()
+        folder, checkpoint = self.root.joinpath(*tail), self.root.joinpath("checkpoints", *tail)
+        if arm.kind == "base":
+            return Unit(name, seed, folder, None, None, None, None, origin)
+        if arm.kind in PTQ:
+            quantize = self._quantize_settings(arm)
+            rows = [] if arm.kind == "rtn" else self.calibration()
+            made = store.RunFolder(checkpoint, "quantize", quantize.spec(origin, rows))
+            return Unit(name, seed, folder, checkpoint, source, None, quantize, made.fingerprint)
+        train = self._train_settings(arm, seed or 0)
+        taught = teacher.fingerprint if teacher else None
+        if arm.kind in TAUGHT and teacher is None and self.teacher:
+            taught = self.teacher.fingerprint()
+        spec = train.spec(origin, taught, self.train_rows)
+        made = store.RunFolder(checkpoint, "train", spec)
+        return Unit(name, seed, folder, checkpoint, source, teacher, train, made.fingerprint)
+
+    def _seed_in(self, name: str, seed: int | None) -> int | None:
+        seeds = self.recipe.seeds_of(name)
+        return seed if seed in seeds else seeds[0]
+
+    def _teacher(self, arm: Arm, seed: int | None) -> Unit | None:
+        if arm.kind in TAUGHT and isinstance(self.recipe.teacher, ArmRef):
+            name = self.recipe.teacher.arm
+            return self.unit(name, self._seed_in(name, seed))
+        return None
+
+    def _rows(self, text: str | None) -> list[Question]:
+        trains = any(arm.kind in TRAINED for arm in self.recipe.arms.values())
+        return selector.load(selector.parse(text), self.paths) if text and trains else []
+
+    def calibration(self) -> list[Question]:
+        """Calibration questions, loaded once."""
+        if self._calibration is None:
+            self._calibration = calibration_questions(
+                self._quantize_settings(Arm(kind="gptq")), self.paths
+            )
+        return self._calibration
+
+    def _quantize_settings(self, arm: Arm) -> QuantizeSettings:
+        grid, text = self.recipe.grid_of(arm), self.recipe.data.calibration
+        return QuantizeSettings(
+            method=arm.kind,  # type: ignore[arg-type]  # checked: one of PTQ
+            bits=grid.bits,
+            group_size=grid.group_size,
+            calibration=selector.parse(text) if text else None,
+            samples=self.recipe.calibration.samples,
+            protocol=self.recipe.evaluation.protocol,
+            seed=self.recipe.seed,
+            device=self.device,
+        )
+
+    def _train_settings(self, arm: Arm, seed: int) -> TrainSettings:
+        return train_settings(self.recipe, arm, seed)
+
+
+def train_settings(recipe: Recipe, arm: Arm, seed: int, **overrides: Any) -> TrainSettings:
+    """Training settings of an arm, with overrides of the `training` section."""
+    grid, distil = recipe.grid_of(arm), recipe.distillation
+    shared = recipe.training_of(arm).model_dump() | overrides
+    shared.pop("seeds")
+    control = distil.controller.model_dump()
+    for key in [k for k in shared if k.startswith("beta_")]:
+        control[key.removeprefix("beta_")] = shared.pop(key)
+    if arm.beta == "fixed":
+        control["rate"] = 0.0
+    return TrainSettings(
+        method=arm.kind,  # type: ignore[arg-type]  # checked: one of TRAINED
+        bits=grid.bits,
+        group_size=grid.group_size,
+        seed=seed,
+        distillation=Distillation(
+            kl=arm.kl,
+            gate=arm.gate,
+            rcka=arm.rcka,
+            temperature=distil.temperature,
+            target_weight=distil.target_weight,
+            nontarget_weight=distil.nontarget_weight,
+        ),
+        controller=ControllerSettings(**control),
+        omega=distil.omega,
+        omega_warmup=distil.omega_warmup,
+        **shared,
+    )
+
+
+def model_of(plan: Plan, unit: Unit) -> ModelFolder:
+    """The model folder a unit evaluates.
+
+    Raises: PrerequisiteError when its checkpoint is not there.
+    """
+    if unit.checkpoint is None:
+        return plan.student
+    try:
+        return models.find(str(unit.checkpoint))
+    except QatbenchError as error:
+        raise PrerequisiteError(f"{unit.title}: {error.message}", hint=error.hint) from error

@@ -1,0 +1,121 @@
+"""run: a whole recipe; makes and evaluates what is missing, then compares.
+
+A unit (an arm with one seed) is skipped when its predictions are finished with these settings;
+its checkpoint is made only when it, or an arm made from it, needs one. Two processes can run
+different arms of one recipe at the same time: each artifact is made under a lock.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from qatbench import store
+from qatbench.errors import UsageError
+from qatbench.recipe import Recipe
+from qatbench.records import Question
+from qatbench.report.model import Comparison
+from qatbench.stages import compare as comparing
+from qatbench.stages.common import Progress
+from qatbench.stages.evaluate import evaluate, questions_of
+from qatbench.stages.plan import Plan, Unit, model_of
+from qatbench.stages.quantize import QuantizeSettings, quantize
+from qatbench.stages.train import TrainRequest, TrainSettings, train
+
+KEPT_WITH_RESULTS = {"train.jsonl": "train.jsonl", store.PROVENANCE: "checkpoint.json"}
+
+
+def run(
+    plan: Plan, arms: Sequence[str], *, progress: Progress, save_every: int = 50
+) -> Comparison | None:
+    """Bring the arms (all, if none are named) up to date; compare when every arm is.
+
+    Raises: UsageError for an unknown arm; ArtifactError when results of other settings lie where
+        new ones belong.
+    """
+    recipe = plan.recipe
+    unknown = [name for name in arms if name not in recipe.arms]
+    if unknown:
+        raise UsageError(f"no arm {unknown[0]!r}", hint=f"arms: {', '.join(recipe.arms)}")
+    asked = questions_of(
+        plan.evaluation.selectors, plan.paths, plan.evaluation.limit, plan.evaluation.seed
+    )
+    wanted = [name for name in recipe.order(tuple(arms)) if not arms or name in arms]
+    for unit in plan.units(wanted):
+        folder = _eval_folder(plan, unit, asked)
+        with store.locked(unit.folder):
+            if folder.state() is not store.State.DONE:
+                _evaluate(plan, unit, _say(unit, progress), save_every)
+    write_lock(recipe, plan.root / "recipe.lock.yaml")
+    everything = plan.units(list(recipe.arms))
+    missing = [u for u in everything if _eval_folder(plan, u, asked).state() is not store.State.DONE]
+    return None if missing else compare(plan)
+
+
+def compare(plan: Plan) -> Comparison:
+    """Compare all arms of a finished recipe and write its report."""
+    recipe = plan.recipe
+    baseline = recipe.baseline or next(iter(recipe.arms))
+    comparison = comparing.compare(
+        [plan.root / name for name in recipe.arms],
+        plan.root / baseline,
+        margin=recipe.margin / 100,
+        seed=recipe.seed,
+    )
+    comparing.write(comparison, plan.root)
+    return comparison
+
+
+def write_lock(recipe: Recipe, path: Path) -> None:
+    """recipe.lock.yaml: the recipe with every default that was used."""
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    store.write_text(path, text)
+
+
+def _say(unit: Unit, progress: Progress) -> Progress:
+    return lambda what, done, total: progress(f"{unit.title}: {what}", done, total)
+
+
+def _eval_folder(
+    plan: Plan, unit: Unit, asked: dict[str, list[Question]]
+) -> store.RunFolder:
+    return store.RunFolder(unit.folder, "eval", plan.evaluation.spec(unit.fingerprint, asked))
+
+
+def _evaluate(plan: Plan, unit: Unit, progress: Progress, save_every: int) -> None:
+    make_checkpoint(plan, unit, progress, save_every)
+    evaluate(
+        model_of(plan, unit), plan.evaluation, plan.paths, unit.folder, resume=True,
+        progress=progress,
+    )  # fmt: skip
+    for name, kept in KEPT_WITH_RESULTS.items():
+        if unit.checkpoint and (unit.checkpoint / name).exists():
+            shutil.copyfile(unit.checkpoint / name, unit.folder / kept)
+
+
+def make_checkpoint(plan: Plan, unit: Unit, progress: Progress, save_every: int) -> None:
+    """Make a unit's checkpoint, and those it is made from, where they are not there."""
+    if unit.checkpoint is None:
+        return
+    with store.locked(unit.checkpoint):
+        if (unit.checkpoint / store.PROVENANCE).exists():
+            folder = store.read_json(unit.checkpoint / store.PROVENANCE)
+            if folder.get("fingerprint") == unit.fingerprint:
+                return
+        for other in (unit.source, unit.teacher):
+            if other is not None:
+                make_checkpoint(plan, other, _say(other, progress), save_every)
+        origin = model_of(plan, unit.source) if unit.source else plan.student
+        if isinstance(unit.settings, QuantizeSettings):
+            quantize(
+                origin, unit.settings, plan.paths, unit.checkpoint, resume=True, progress=progress
+            )
+        elif isinstance(unit.settings, TrainSettings):
+            teacher = model_of(plan, unit.teacher) if unit.teacher else plan.teacher
+            request = TrainRequest(
+                unit.settings, origin, teacher, plan.train_rows, plan.device, save_every
+            )
+            train(request, unit.checkpoint, resume=True, progress=progress)
