@@ -60,7 +60,7 @@ def _layer_errors(
 ) -> dict[str, list[float]]:
     layers = loaded.model.get_submodule(loaded.arch.layers)
     assert isinstance(layers, nn.ModuleList)
-    weights = {kind: _by_layer(variant, loaded.arch.layers) for kind, variant in variants.items()}
+    weights = {kind: _by_layer(variant, loaded) for kind, variant in variants.items()}
     errors = {kind: [0.0] * len(layers) for kind in variants}
     sizes = [0.0] * len(layers)
     busy = False
@@ -104,10 +104,11 @@ def _first(value: Any) -> Tensor:
     return tensor
 
 
-def _by_layer(variant: Quantized, prefix: str) -> dict[int, dict[str, Tensor]]:
+def _by_layer(variant: Quantized, loaded: Loaded) -> dict[int, dict[str, Tensor]]:
     found: dict[int, dict[str, Tensor]] = {}
+    prefix = loaded.arch.layers
     for name, value in variant.weights().items():
         if name.startswith(f"{prefix}."):
             index, rest = name.removeprefix(f"{prefix}.").split(".", 1)
-            found.setdefault(int(index), {})[rest] = value
+            found.setdefault(int(index), {})[rest] = value.to(loaded.device)
     return found

@@ -1,0 +1,5 @@
+"""python -m qatbench."""
+
+from qatbench.cli import main
+
+main()
