@@ -226,6 +226,7 @@ def compare_command(
 def run_command(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
     arm: Annotated[list[str] | None, typer.Option("--arm", help="Only this arm. Repeatable.")] = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="Only this seed. Repeatable.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask N questions only.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is missing and its cost.")] = False,
     out: Annotated[Path, typer.Option("--out", help="Results folder.")] = Path("results"),
@@ -259,7 +260,9 @@ def run_command(
     with ui.progress() as progress:
         progress("Reading models and data", 0, 0)
         plan = Plan(checked, out, paths=paths, limit=limit, device=device)
-        result = run(plan, arm or [], progress=progress, save_every=save_every)
+        result = run(
+            plan, arm or [], seeds=seed or [], progress=progress, save_every=save_every
+        )
     if result is None:
         ui.result({"recipe": checked.name, "finished": False, "arms": arm or []})
         ui.next_command(f"qatbench run {recipe}")

@@ -111,6 +111,7 @@ class Arm(_Section):
     of: str | None = None  # the arm whose checkpoint is quantized or trained on
     grid: GridSpec | None = None
     training: dict[str, Any] = Field(default_factory=dict)  # overrides of `training`
+    controller: BetaSpec | None = None  # grace: instead of distillation.controller
     gate: bool = True  # grace: ablations, one term off
     rcka: bool = True
     beta: Literal["adaptive", "fixed"] = "adaptive"

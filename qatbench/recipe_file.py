@@ -107,7 +107,7 @@ def _arm_problems(recipe: Recipe, name: str, arm: Arm, lines: _Lines) -> list[st
         found.append(("kind", f"{arm.kind} needs `data.train`"))
     if arm.kind in ("gptq", "awq") and not recipe.data.calibration:
         found.append(("kind", f"{arm.kind} needs `data.calibration`"))
-    switched = arm.model_fields_set & {"gate", "rcka", "beta", "kl"}
+    switched = arm.model_fields_set & {"gate", "rcka", "beta", "kl", "controller"}
     if switched and arm.kind != "grace":
         found.append((min(switched), f"only a grace arm has terms to switch, not {arm.kind}"))
     if arm.grid and arm.kind not in QUANTIZED:

@@ -153,7 +153,7 @@ def train_settings(recipe: Recipe, arm: Arm, seed: int, **overrides: Any) -> Tra
     grid, distil = recipe.grid_of(arm), recipe.distillation
     shared = recipe.training_of(arm).model_dump() | overrides
     shared.pop("seeds")
-    control = distil.controller.model_dump()
+    control = (arm.controller or distil.controller).model_dump()
     for key in [k for k in shared if k.startswith("beta_")]:
         control[key.removeprefix("beta_")] = shared.pop(key)
     if arm.beta == "fixed":

@@ -29,9 +29,21 @@ KEPT_WITH_RESULTS = {"train.jsonl": "train.jsonl", store.PROVENANCE: "checkpoint
 
 
 def run(
-    plan: Plan, arms: Sequence[str], *, progress: Progress, save_every: int = 50
+    plan: Plan,
+    arms: Sequence[str],
+    *,
+    seeds: Sequence[int] = (),
+    progress: Progress,
+    save_every: int = 50,
 ) -> Comparison | None:
     """Bring the arms (all, if none are named) up to date; compare when every arm is.
+
+    Args:
+        plan: from a recipe.
+        arms: only these.
+        seeds: of trained arms and those made from them, only these.
+        progress: callback.
+        save_every: optimizer steps between saved training states.
 
     Raises: UsageError for an unknown arm; ArtifactError when results of other settings lie where
         new ones belong.
@@ -45,6 +57,8 @@ def run(
     )
     wanted = [name for name in recipe.order(tuple(arms)) if not arms or name in arms]
     for unit in plan.units(wanted):
+        if seeds and unit.seed is not None and unit.seed not in seeds:
+            continue
         folder = _eval_folder(plan, unit, asked)
         with store.locked(unit.folder):
             if folder.state() is not store.State.DONE:

@@ -57,7 +57,10 @@ class ControllerSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Everything that decides a training run, but not where it runs."""
+    """Everything that decides a training run, but not where it runs.
+
+    A micro-batch is one packed sequence; its size bounds memory and changes results by rounding.
+    """
 
     method: Method
     steps: int
@@ -198,7 +201,11 @@ class TrainingRun:
             {"params": weights, "lr": self.settings.lr, "weight_decay": self.settings.weight_decay},
             {"params": scales, "lr": self.settings.scale_lr, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], betas=self.settings.betas)
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            betas=self.settings.betas,
+            fused=self.device.type == "cuda",
+        )
 
     def fit(self, progress: Progress) -> None:
         """Run the remaining steps, saving the state now and then."""
@@ -218,6 +225,11 @@ class TrainingRun:
                         states, number + 1, self.parameters, self.optimizer, self.controller,
                         self.seconds,
                     )  # fmt: skip
+        except torch.OutOfMemoryError as error:
+            raise PrerequisiteError(
+                f"out of GPU memory at step {number + 1}",
+                hint="lower --micro-batch-size (training.micro_batch_size) and resume",
+            ) from error
         finally:
             log.close()
 

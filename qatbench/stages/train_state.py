@@ -65,6 +65,7 @@ def restore(
     if not found:
         return 0, 0.0
     facts = store.read_json(found[-1] / "state.json")
+    fused = bool(optimizer.defaults.get("fused"))
     try:
         tensors = load_file(found[-1] / "state.safetensors")
         for name, parameter in parameters.items():
@@ -72,7 +73,7 @@ def restore(
             with torch.no_grad():
                 parameter.copy_(tensors[f"weight/{name}"].to(device))
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(facts["step"])),
+                "step": torch.tensor(float(facts["step"]), device=device if fused else "cpu"),
                 **{m: tensors[f"{m}/{name}"].to(device) for m in MOMENTS},
             }
         controller.load_state_dict(facts["controller"])

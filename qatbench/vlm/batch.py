@@ -20,7 +20,6 @@ from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
 from qatbench.vlm.load import Loaded
 
 MAX_PIXELS = 64_000_000
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def score_options(loaded: Loaded, rows: Sequence[OptionRow]) -> list[list[float]
     hidden = backbone(model)(
         input_ids=ids.to(device),
         position_ids=positions.to(device),
-        attention_mask=_additive(mask.to(device), dtype),
+        attention_mask=mask.to(device)[:, None],
         use_cache=False,
         **pixel_batch([row.prompt for row in rows], device, dtype),
     ).last_hidden_state
@@ -193,12 +192,6 @@ def _layout(rows: Sequence[OptionRow], pad: int) -> tuple[Tensor, Tensor, Tensor
             mask[b, at:end, at:end] = causal[: len(answer), : len(answer)]
             at = end
     return ids, positions, mask
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, L, L) bool -> (B, 1, L, L) of 0 and the lowest number, what attention adds."""
-    out = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return out.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
 
 
 def _predictors(rows: Sequence[OptionRow]) -> tuple[Tensor, Tensor]:

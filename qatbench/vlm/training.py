@@ -39,17 +39,15 @@ class Row:
 class MicroBatch:
     """Model inputs and where they are supervised.
 
-    Shapes: input_ids, attention_mask (B, L); where (N,) flat positions whose output predicts
-    target (N,); images: flat positions of the visual tokens of each image.
+    Shapes: input_ids, position_ids (1, L); attention_mask (1, 1, L, L), True where i sees j;
+    where (N,) positions whose output predicts target (N,); images: the positions of each image's
+    visual tokens.
     """
 
     inputs: dict[str, Tensor]
     where: Tensor
     target: Tensor
     images: list[Tensor]
-
-    def __len__(self) -> int:
-        return int(self.inputs["input_ids"].shape[0])
 
 
 class TrainingData:
@@ -79,7 +77,6 @@ class TrainingData:
         )
         eos = loaded.tokenizer.eos_token_id
         self.end = [] if eos is None else [int(eos)]
-        self.pad = loaded.tokenizer.pad_token_id or 0
 
     def step(self, number: int, batch_size: int) -> list[Row]:
         """The samples of one optimizer step, shortest first."""
@@ -98,21 +95,28 @@ class TrainingData:
         return Row(prompt, self.encoder.answer(prompt, answer) + self.end)
 
     def collate(self, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> MicroBatch:
-        """Right-pad rows into one micro-batch on the device."""
-        length = max(map(len, rows))
-        ids = torch.full((len(rows), length), self.pad)
-        mask = torch.zeros(len(rows), length, dtype=torch.long)
-        where, target, images = [], [], []
-        for b, row in enumerate(rows):
-            start = len(row.prompt)
-            ids[b, : len(row)] = torch.tensor(row.prompt.ids + row.target)
-            mask[b, : len(row)] = 1
-            where.extend(b * length + start - 1 + i for i in range(len(row.target)))
-            target.extend(row.target)
+        """Pack rows into one sequence without padding: each sees itself only, from position 0."""
+        ids: list[int] = []
+        positions: list[Tensor] = []
+        where, target, images, owner = [], [], [], []
+        for number, row in enumerate(rows):
+            start = len(ids)
+            ids += row.prompt.ids + row.target
+            positions.append(torch.arange(len(row)))
+            owner += [number] * len(row)
+            before = start + len(row.prompt) - 1
+            where += range(before, before + len(row.target))
+            target += row.target
             if row.prompt.pixels and self.image_token is not None:
                 seen = torch.tensor(row.prompt.ids) == self.image_token
-                images.append((seen.nonzero()[:, 0] + b * length).to(device))
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+                images.append((seen.nonzero()[:, 0] + start).to(device))
+        own = torch.tensor(owner, device=device)
+        mask = (own[:, None] == own[None]).tril()
+        inputs = {
+            "input_ids": torch.tensor([ids], device=device),
+            "position_ids": torch.cat(positions)[None].to(device),
+            "attention_mask": mask[None, None],
+        }
         inputs |= pixel_batch([row.prompt for row in rows], device, dtype)
         return MicroBatch(
             inputs, torch.tensor(where, device=device), torch.tensor(target, device=device), images
