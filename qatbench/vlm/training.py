@@ -23,6 +23,9 @@ from qatbench.vlm.load import Loaded
 CHOICES = "choices"
 """Training format: the `qatbench` prompt with the shuffled options' texts before `Answer:`."""
 
+PACK = 512
+"""Tokens of a packed sequence; a longer row has one for itself."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -39,9 +42,9 @@ class Row:
 class MicroBatch:
     """Model inputs and where they are supervised.
 
-    Shapes: input_ids, position_ids (1, L); attention_mask (1, 1, L, L), True where i sees j;
-    where (N,) positions whose output predicts target (N,); images: the positions of each image's
-    visual tokens.
+    Shapes: input_ids, position_ids (B, L); attention_mask (B, 1, L, L), True where i sees j;
+    where (N,) flat positions whose output predicts target (N,); images: flat positions of each
+    image's visual tokens.
     """
 
     inputs: dict[str, Tensor]
@@ -95,32 +98,56 @@ class TrainingData:
         return Row(prompt, self.encoder.answer(prompt, answer) + self.end)
 
     def collate(self, rows: Sequence[Row], device: torch.device, dtype: torch.dtype) -> MicroBatch:
-        """Pack rows into one sequence without padding: each sees itself only, from position 0."""
-        ids: list[int] = []
-        positions: list[Tensor] = []
-        where, target, images, owner = [], [], [], []
-        for number, row in enumerate(rows):
-            start = len(ids)
-            ids += row.prompt.ids + row.target
-            positions.append(torch.arange(len(row)))
-            owner += [number] * len(row)
-            before = start + len(row.prompt) - 1
-            where += range(before, before + len(row.target))
-            target += row.target
-            if row.prompt.pixels and self.image_token is not None:
-                seen = torch.tensor(row.prompt.ids) == self.image_token
-                images.append((seen.nonzero()[:, 0] + start).to(device))
-        own = torch.tensor(owner, device=device)
-        mask = (own[:, None] == own[None]).tril()
+        """Pack rows into sequences: each sees itself only, from position 0 on."""
+        packs = _packs(rows)
+        length = max(sum(map(len, pack)) for pack in packs)
+        ids = torch.zeros(len(packs), length, dtype=torch.long)
+        positions = torch.zeros(len(packs), length, dtype=torch.long)
+        owner = torch.arange(-1, -length - 1, -1).repeat(len(packs), 1)  # padding sees itself
+        where, target, images = [], [], []
+        for b, pack in enumerate(packs):
+            at = 0
+            for number, row in enumerate(pack):
+                end = at + len(row)
+                ids[b, at:end] = torch.tensor(row.prompt.ids + row.target)
+                positions[b, at:end] = torch.arange(len(row))
+                owner[b, at:end] = number
+                before = b * length + at + len(row.prompt) - 1
+                where += range(before, before + len(row.target))
+                target += row.target
+                if row.prompt.pixels and self.image_token is not None:
+                    seen = torch.tensor(row.prompt.ids) == self.image_token
+                    images.append((seen.nonzero()[:, 0] + b * length + at).to(device))
+                at = end
+        owner = owner.to(device)
+        mask = (owner[:, :, None] == owner[:, None]).tril()
         inputs = {
-            "input_ids": torch.tensor([ids], device=device),
-            "position_ids": torch.cat(positions)[None].to(device),
-            "attention_mask": mask[None, None],
+            "input_ids": ids.to(device),
+            "position_ids": positions.to(device),
+            "attention_mask": mask[:, None],
         }
-        inputs |= pixel_batch([row.prompt for row in rows], device, dtype)
+        ordered = [row.prompt for pack in packs for row in pack]
+        inputs |= pixel_batch(ordered, device, dtype)
         return MicroBatch(
             inputs, torch.tensor(where, device=device), torch.tensor(target, device=device), images
         )
+
+
+def _packs(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows put side by side, longest first, into sequences of at most PACK tokens.
+
+    Little padding, and attention stays far from quadratic in the whole micro-batch.
+    """
+    room = max(PACK, *map(len, rows))
+    packs: list[list[Row]] = []
+    for row in sorted(rows, key=len, reverse=True):
+        fits = (pack for pack in packs if sum(map(len, pack)) + len(row) <= room)
+        pack = next(fits, None)
+        if pack is None:
+            packs.append([row])
+        else:
+            pack.append(row)
+    return packs
 
 
 @lru_cache(maxsize=4)
