@@ -1,3 +1,3 @@
-"""qatbench: is post-training quantization enough, or is quantization-aware training worth its cost?"""
+"""qatbench: is post-training quantization enough, or is QAT worth its cost?"""
 
 __version__ = "0.1.0"

@@ -162,7 +162,11 @@ class Recipe(_Section):
         arm = self.arms[name]
         teacher = self.teacher
         taught = arm.kind in TAUGHT and isinstance(teacher, ArmRef)
-        return [n for n in (arm.of, teacher.arm if taught and isinstance(teacher, ArmRef) else None) if n]
+        return [
+            n
+            for n in (arm.of, teacher.arm if taught and isinstance(teacher, ArmRef) else None)
+            if n
+        ]
 
     def order(self, wanted: tuple[str, ...] = ()) -> list[str]:
         """Arm names, each after the arms it needs; only `wanted` and what they need if given."""

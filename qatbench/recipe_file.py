@@ -75,7 +75,9 @@ class _Lines:
 
     def say(self, where: tuple[Any, ...], what: str) -> str:
         keys = tuple(str(part) for part in where)
-        line = next((self.found[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.found), 1)
+        line = next(
+            (self.found[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.found), 1
+        )
         return f"{self.path}:{line}: {'.'.join(keys)}: {what[:1].lower() + what[1:]}"
 
 
@@ -142,7 +144,7 @@ def _cycles(recipe: Recipe, lines: _Lines) -> list[str]:
 
 
 def _grid_problems(recipe: Recipe, lines: _Lines, check: GridCheck | None) -> list[str]:
-    pairs = [
+    pairs: list[tuple[tuple[str, ...], GridSpec]] = [
         (("arms", name, "grid") if arm.grid else ("grid",), recipe.grid_of(arm))
         for name, arm in recipe.arms.items()
         if arm.kind in QUANTIZED

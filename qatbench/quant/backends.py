@@ -56,14 +56,14 @@ def solve(
     if not batches:
         raise PrerequisiteError("no calibration samples", hint="--calib TASK:SPLIT")
     found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    layers = names[0].partition(".0.")[0] + "."
 
     def take(name: str, q_scales: Tensor, q_zeros: Tensor, layers: Any, **_: Any) -> str:
-        # Runs on a thread of the library, which ends the whole process on any exception.
         found[name] = (layers[name].weight.detach().clone(), q_scales, q_zeros)
         progress(len(found), len(names))
         return "handed over"
 
-    with quiet(), _hand_over(take):
+    with quiet(), _hand_over(take), _failing_softly():
         model = _load(method, path, grid, device, dtype)
         model.prepare_dataset = lambda *args, **kwargs: [dict(batch) for batch in batches]
         # The kernel named here is only validated, never made: the plain one takes all widths.
@@ -72,7 +72,7 @@ def solve(
         others = {
             key: value.detach().cpu()
             for key, value in model.model.state_dict().items()
-            if method == "awq" and "norm" in key and value.is_floating_point()
+            if method == "awq" and "norm" in key and key.startswith(layers)
         }
     missing = sorted(set(names) - set(found))
     if missing or set(found) - set(names):
@@ -114,14 +114,45 @@ def _load(method: str, path: Path, grid: Grid, device: str, dtype: torch.dtype) 
 
 
 def _library() -> Any:
-    # The library's worker pool fails on machines with few cores unless its size is given.
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
+    prepare_import()
     try:
         return importlib.import_module("gptqmodel")
     except ImportError as error:
         raise PrerequisiteError(
             f"gptqmodel cannot be imported: {error}", hint="make setup"
         ) from error
+
+
+def prepare_import() -> None:
+    """Size the library's worker pool, which fails on few cores unless told; before its import."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
+
+
+@contextlib.contextmanager
+def _failing_softly() -> Iterator[None]:
+    """Turn what fails on a worker thread of the library into an error of ours.
+
+    The library would end the whole process with exit code 1 there and then. Its future carries
+    the exception to the main thread as well; without that end it arrives there.
+
+    Raises: PrerequisiteError when memory ran out; NumericsError for anything else.
+    """
+    worker = importlib.import_module("gptqmodel.utils.threadx")._DeviceWorker
+    original = worker._abort_process
+    failures: list[BaseException] = []
+    worker._abort_process = lambda self, error: failures.append(error)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise PrerequisiteError(
+            "out of memory while calibrating", hint="lower --samples, or use a larger device"
+        ) from error
+    except Exception as error:
+        if not failures:
+            raise
+        raise NumericsError(f"gptqmodel failed: {type(error).__name__}: {error}") from error
+    finally:
+        worker._abort_process = original
 
 
 @contextlib.contextmanager

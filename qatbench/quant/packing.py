@@ -236,6 +236,10 @@ def _stored_zeros(qzeros: Tensor, bits: int, v2: bool, name: str) -> Tensor:
 
 
 def pack_awq_fields(fields: Tensor, name: str) -> Tensor:
+    """Unsigned 4-bit fields (n, out) in the AWQ order: (n, out / 8) int32.
+
+    Raises: ShapeError if out is no multiple of 8.
+    """
     if fields.shape[1] % 8:
         raise ShapeError(
             f"{name or 'layer'}: {fields.shape[1]} outputs are not a multiple of 8",

@@ -32,12 +32,13 @@ def dry_run(recipe: Recipe, results: Path, paths: Mapping[str, str], device: str
         for seed in recipe.seeds_of(name):
             tail = [name] if seed is None else [name, f"seed-{seed}"]
             evaluated = (root.joinpath(*tail) / store.PROVENANCE).exists()
-            made = arm.kind == "base" or (
-                root.joinpath("checkpoints", *tail) / store.PROVENANCE
-            ).exists()
+            made = (
+                arm.kind == "base"
+                or (root.joinpath("checkpoints", *tail) / store.PROVENANCE).exists()
+            )
             row = {"unit": "/".join(tail), "evaluated": evaluated, "checkpoint": made}
             units.append(row | _estimate(recipe, arm, weights, device, made or evaluated))
-    places = recipe.data.paths | paths
+    places = recipe.data.paths | dict(paths)
     absent = [f"{task}: {path}" for task, path in places.items() if not _there(path)]
     return {"recipe": recipe.name, "device": device, "units": units, "missing": absent}
 

@@ -7,9 +7,11 @@ weights. Only then are its files moved to where they belong, config.json last.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,37 +51,42 @@ def write_packed(
 
     Raises: NumericsError when the reloaded logits are off; ArtifactError when weights are missing.
     """
-    scratch = _fresh(out)
-    tensors = _tensors(loaded, quantized)
-    _save(tensors, scratch)
-    _copy_companions(source, scratch)
-    store.write_json(scratch / "config.json", _config(source, quantized))
-    install(loaded.model, {f"{n}.weight": linear.dense() for n, linear in quantized.linears.items()})
-    figures = {"bits_per_weight": bits_per_weight(quantized), "reload": prove(scratch, loaded)}
-    _publish(scratch, out)
+    dtype = _storage_dtype(source)
+    with _scratch(out) as scratch:
+        _save(_tensors(loaded, quantized, dtype), scratch)
+        _copy_companions(source, scratch)
+        store.write_json(scratch / "config.json", _config(source, quantized, dtype))
+        dense = {f"{name}.weight": linear.dense() for name, linear in quantized.linears.items()}
+        install(loaded.model, dense)
+        figures = {"bits_per_weight": bits_per_weight(quantized), "reload": prove(scratch, loaded)}
+        _publish(scratch, out)
     return figures
 
 
 def write_dense(source: ModelFolder, loaded: Loaded, out: Path) -> dict[str, Any]:
     """Write a 16-bit (bf16) checkpoint of the model in memory, and prove that it loads."""
-    scratch = _fresh(out)
     state = loaded.model.state_dict()
-    tensors = {key: _stored(state[key]) for key in _saved_keys(loaded)}
-    install(loaded.model, {k: v for k, v in tensors.items() if v.is_floating_point()})
-    _save(tensors, scratch)
-    _copy_companions(source, scratch)
-    config = {k: v for k, v in source.config.items() if k != "quantization_config"}
-    store.write_json(scratch / "config.json", config | {"dtype": "bfloat16"})
-    figures = {"bits_per_weight": 16.0, "reload": prove(scratch, loaded)}
-    _publish(scratch, out)
+    tensors = {key: _stored(state[key], torch.bfloat16) for key in _saved_keys(loaded)}
+    install(loaded.model, tensors)
+    with _scratch(out) as scratch:
+        _save({loaded.arch.file_key(key): value for key, value in tensors.items()}, scratch)
+        _copy_companions(source, scratch)
+        config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+        store.write_json(scratch / "config.json", _with_dtype(config, torch.bfloat16))
+        figures = {"bits_per_weight": 16.0, "reload": prove(scratch, loaded)}
+        _publish(scratch, out)
     return figures
 
 
 def install(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put dense weights into the model's parameters, in place."""
+    """Put dense weights into the model's parameters and buffers, in place.
+
+    Raises: KeyError for a name that the model does not have.
+    """
+    state = model.state_dict()  # shares memory with the model
     with torch.no_grad():
         for name, value in weights.items():
-            model.get_parameter(name).copy_(value)
+            state[name].copy_(value)
 
 
 def bits_per_weight(quantized: Quantized) -> float:
@@ -92,11 +99,16 @@ def bits_per_weight(quantized: Quantized) -> float:
     return round(bits / weights, 4)
 
 
-def _fresh(out: Path) -> Path:
+@contextlib.contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """An empty folder in `out`; it is gone afterwards, and what failed the proof with it."""
     scratch = out / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    return scratch
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _saved_keys(loaded: Loaded) -> list[str]:
@@ -105,26 +117,46 @@ def _saved_keys(loaded: Loaded) -> list[str]:
     return [key for key in loaded.model.state_dict() if key not in tied]
 
 
-def _tensors(loaded: Loaded, quantized: Quantized) -> dict[str, Tensor]:
+def _tensors(loaded: Loaded, quantized: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Everything the checkpoint holds, by its name in the file.
+
+    What is not quantized is rounded to `dtype` in the model too: the proof is about packing.
+    """
     state = loaded.model.state_dict()
     replaced = {f"{name}.weight" for name in quantized.linears}
     tensors = {
-        key: _stored(quantized.changed.get(key, state[key]))
+        key: _stored(quantized.changed.get(key, state[key]), dtype)
         for key in _saved_keys(loaded)
         if key not in replaced
     }
-    # What is not quantized is stored in bf16: the model that is proved must hold the same.
-    install(loaded.model, {k: v for k, v in tensors.items() if v.is_floating_point()})
+    install(loaded.model, tensors)
     for name, linear in quantized.linears.items():
         for part, value in linear.packed(quantized.layout, name).items():
             tensors[f"{name}.{part}"] = value.cpu()
-    return tensors
+    return {loaded.arch.file_key(key): value for key, value in tensors.items()}
 
 
-def _stored(value: Tensor) -> Tensor:
-    """A tensor that is not quantized as it is written: bf16 on the CPU."""
+def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor that is not quantized as it is written: on the CPU, floats in `dtype`."""
     value = value.detach().cpu()
-    return value.to(torch.bfloat16) if value.is_floating_point() else value
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def _storage_dtype(source: ModelFolder) -> torch.dtype:
+    """The source's own 16-bit type, so that what is not quantized stays bit for bit; else bf16."""
+    name = source.config.get("dtype") or source.config.get("torch_dtype")
+    return torch.float16 if name == "float16" else torch.bfloat16
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The config with one dtype throughout, nested configs and the old key included."""
+    name = str(dtype).removeprefix("torch.")
+    changed = {
+        key: _with_dtype(value, dtype) if key in ("text_config", "vision_config") else value
+        for key, value in config.items()
+        if key != "torch_dtype"
+    }
+    return changed | {"dtype": name}
 
 
 def _save(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -160,7 +192,7 @@ def _copy_companions(source: ModelFolder, folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
 
 
-def _config(source: ModelFolder, quantized: Quantized) -> dict[str, Any]:
+def _config(source: ModelFolder, quantized: Quantized, dtype: torch.dtype) -> dict[str, Any]:
     grid = next(iter(quantized.linears.values())).grid
     settings: dict[str, Any] = {"bits": grid.bits, "group_size": grid.group_size}
     if quantized.layout == "awq":
@@ -180,13 +212,12 @@ def _config(source: ModelFolder, quantized: Quantized) -> dict[str, Any]:
             "block_name_to_quantize": source.arch.layers,
             "meta": {"quantizer": [f"qatbench:{__version__}"], "algorithm": quantized.method},
         }
-    return source.config | {"dtype": "bfloat16", "quantization_config": settings}
+    return _with_dtype(source.config, dtype) | {"quantization_config": settings}
 
 
 def _publish(scratch: Path, out: Path) -> None:
     for file in sorted(scratch.iterdir(), key=lambda f: f.name == "config.json"):
         file.replace(out / file.name)
-    scratch.rmdir()
 
 
 # --- the proof ----------------------------------------------------------------------------------
@@ -236,8 +267,6 @@ def _probe(loaded: Loaded) -> dict[str, Tensor]:
 
 
 def _proof_image() -> bytes:
-    import io
-
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (96, 96, 3), generator=generator, dtype=torch.uint8)
     stream = io.BytesIO()

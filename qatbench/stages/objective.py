@@ -114,7 +114,7 @@ def accumulate(
                     total.images += 1
                     total.rcka = (total.rcka or 0.0) + relation.item() / n_images
                     loss = loss + omega * relation / n_images
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     if distillation.kl == "decoupled" and gates and distillation.gate:
         total.gate = gates / total.tokens
     return total

@@ -18,7 +18,7 @@ from qatbench.records import Question
 from qatbench.stages.evaluate import EvalSettings
 from qatbench.stages.objective import Distillation
 from qatbench.stages.quantize import QuantizeSettings, calibration_questions
-from qatbench.stages.train import ControllerSettings, TrainSettings
+from qatbench.stages.train_settings import ControllerSettings, TrainSettings
 from qatbench.tasks import selector
 from qatbench.vlm import load as models
 from qatbench.vlm.load import ModelFolder

@@ -78,7 +78,10 @@ def quantize(
     """
     started = time.monotonic()
     check_grid(model, settings.bits, settings.group_size)
+    if settings.method == "awq" and (problems := layout.awq_problems(model.config)):
+        raise UsageError(problems[0], hint="--method gptq")
     questions = [] if settings.method == "rtn" else calibration_questions(settings, paths)
+    _check_images(model, questions)
     folder = store.RunFolder(out, "quantize", settings.spec(model.fingerprint(), questions))
     if folder.begin(resume=resume) is store.State.DONE:
         return store.read_json(out / store.PROVENANCE)
@@ -169,6 +172,26 @@ def calibration_questions(
             hint="lower --samples",
         )
     return random.Random(settings.seed).sample(rows, settings.samples)
+
+
+def _check_images(model: ModelFolder, questions: Sequence[Question]) -> None:
+    """Find what would stop the calibration before the folder is begun.
+
+    Raises: UsageError for an image question and a text model; PrerequisiteError for a missing file.
+    """
+    for question in questions:
+        if question.image is None:
+            continue
+        if not model.arch.is_vlm:
+            raise UsageError(
+                f"{model.name} is a text model, but the calibration data hold images",
+                hint="pick the text subset, e.g. scienceqa:train:text",
+            )
+        if isinstance(question.image, Path) and not question.image.is_file():
+            raise PrerequisiteError(
+                f"missing image of calibration question {question.id}",
+                hint="complete the data, or calibrate on the text subset",
+            )
 
 
 def calibration_batches(

@@ -23,7 +23,9 @@ from qatbench.stages.common import Progress
 from qatbench.stages.evaluate import evaluate, questions_of
 from qatbench.stages.plan import Plan, Unit, model_of
 from qatbench.stages.quantize import QuantizeSettings, quantize
-from qatbench.stages.train import TrainRequest, TrainSettings, train
+from qatbench.stages.train import TrainRequest, train
+from qatbench.stages.train_settings import TrainSettings
+from qatbench.stages.workers import Job
 
 KEPT_WITH_RESULTS = {"train.jsonl": "train.jsonl", store.PROVENANCE: "checkpoint.json"}
 
@@ -65,8 +67,45 @@ def run(
                 _evaluate(plan, unit, _say(unit, progress), save_every)
     write_lock(recipe, plan.root / "recipe.lock.yaml")
     everything = plan.units(list(recipe.arms))
-    missing = [u for u in everything if _eval_folder(plan, u, asked).state() is not store.State.DONE]
+    missing = [
+        u for u in everything if _eval_folder(plan, u, asked).state() is not store.State.DONE
+    ]
     return None if missing else compare(plan)
+
+
+def jobs_of(
+    plan: Plan, arms: Sequence[str], seeds: Sequence[int], command: Sequence[str]
+) -> list[Job]:
+    """The unfinished units as jobs for worker processes, trained ones first.
+
+    `command` is the verb with what every worker gets: the recipe, the data, the output folder.
+    """
+    recipe = plan.recipe
+    wanted = [name for name in recipe.order(tuple(arms)) if not arms or name in arms]
+    units = [
+        unit
+        for unit in plan.units(wanted)
+        if not (seeds and unit.seed is not None and unit.seed not in seeds)
+        and not (unit.folder / store.PROVENANCE).exists()
+    ]
+    units.sort(key=lambda unit: not isinstance(unit.settings, TrainSettings))
+    return [
+        Job(
+            _job_name(unit),
+            (
+                *command,
+                "--arm",
+                unit.arm,
+                *(() if unit.seed is None else ("--seed", str(unit.seed))),
+            ),
+            frozenset(_job_name(other) for other in (unit.source, unit.teacher) if other),
+        )
+        for unit in units
+    ]
+
+
+def _job_name(unit: Unit) -> str:
+    return unit.arm if unit.seed is None else f"{unit.arm}-seed-{unit.seed}"
 
 
 def compare(plan: Plan) -> Comparison:
@@ -93,9 +132,7 @@ def _say(unit: Unit, progress: Progress) -> Progress:
     return lambda what, done, total: progress(f"{unit.title}: {what}", done, total)
 
 
-def _eval_folder(
-    plan: Plan, unit: Unit, asked: dict[str, list[Question]]
-) -> store.RunFolder:
+def _eval_folder(plan: Plan, unit: Unit, asked: dict[str, list[Question]]) -> store.RunFolder:
     return store.RunFolder(unit.folder, "eval", plan.evaluation.spec(unit.fingerprint, asked))
 
 

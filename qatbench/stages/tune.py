@@ -21,7 +21,9 @@ from qatbench.records import Prediction, Question
 from qatbench.stages.common import Progress
 from qatbench.stages.evaluate import EvalSettings, answer_all
 from qatbench.stages.plan import train_settings
-from qatbench.stages.train import TrainRequest, TrainSettings, TrainingRun, train
+from qatbench.stages.train import TrainingRun, TrainRequest, train
+from qatbench.stages.train_settings import TrainSettings
+from qatbench.stages.workers import Job
 from qatbench.tasks import selector
 from qatbench.vlm import load as models
 from qatbench.vlm.load import ModelFolder
@@ -72,6 +74,23 @@ def tune(
     return summary
 
 
+def jobs_of(recipe: Recipe, command: Sequence[str]) -> list[Job]:
+    """An arm and a fold a job; a taught arm waits for its teacher's arm on every fold."""
+    tuning = recipe.tuning
+    if tuning is None:
+        raise UsageError(f"recipe {recipe.name} has no `tuning` section")
+    jobs = []
+    for name in tuning.candidates:
+        needs: frozenset[str] = frozenset()
+        if recipe.arms[name].kind in TAUGHT and isinstance(recipe.teacher, ArmRef):
+            teacher = recipe.teacher.arm
+            needs = frozenset(f"{teacher}-fold-{i}" for i in range(tuning.folds))
+        for fold in range(tuning.folds):
+            part = (*command, "--arm", name, "--fold", str(fold))
+            jobs.append(Job(f"{name}-fold-{fold}", part, needs))
+    return jobs
+
+
 def summarize(recipe: Recipe, tuning: TuningSpec, root: Path, digest: str) -> dict[str, Any]:
     """All results there are, and the best candidate of each arm whose folds are complete."""
     rows = []
@@ -117,7 +136,9 @@ def _folder(root: Path, name: str, candidate: Mapping[str, Any], fold: int) -> P
     return root / name / store.fingerprint(candidate) / f"fold-{fold}"
 
 
-def _result(root: Path, name: str, candidate: Mapping[str, Any], fold: int) -> dict[str, Any] | None:
+def _result(
+    root: Path, name: str, candidate: Mapping[str, Any], fold: int
+) -> dict[str, Any] | None:
     file = _folder(root, name, candidate, fold) / "result.json"
     return store.read_json(file) if file.exists() else None
 

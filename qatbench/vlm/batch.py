@@ -47,8 +47,9 @@ def open_image(image: Path | bytes) -> Image.Image:
             if opened.width * opened.height > MAX_PIXELS:
                 raise ArtifactError(f"image of {opened.width} x {opened.height} pixels is too large")
             return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ArtifactError(f"image cannot be decoded: {error}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Not the library's own words: they hold the file's whole path.
+        raise ArtifactError(f"image cannot be decoded: {type(error).__name__}") from error
 
 
 class Encoder:
@@ -109,7 +110,8 @@ class Encoder:
         head = list(self.tokenizer(anchor, add_special_tokens=False).input_ids)
         both = list(self.tokenizer(anchor + text, add_special_tokens=False).input_ids)
         if both[: len(head)] != head or len(both) == len(head):
-            raise ArtifactError(f"the tokenizer does not separate the answer {text!r} from its prompt")
+            # The text stays out: data that may not be passed on must not travel in a message.
+            raise ArtifactError("the tokenizer does not separate an answer from its prompt")
         return both[len(head) :]
 
 

@@ -28,6 +28,7 @@ class Architecture:
     projector: tuple[str, ...] = ()  # trained, never quantized
     image_token_keys: tuple[str, ...] = ()  # config keys that hold the visual token's id
     linears: tuple[str, ...] = ATTENTION + MLP
+    published: tuple[tuple[str, str], ...] = ()  # prefix in memory -> in published weight files
 
     @property
     def is_vlm(self) -> bool:
@@ -40,6 +41,17 @@ class Architecture:
         parts = [*self.vision, *self.projector]
         both = [name for part in parts for name in (part.removeprefix("model."), part)]
         return [*both, "lm_head"]
+
+    def file_key(self, name: str) -> str:
+        """A tensor's name in weight files, spelled as the family's published checkpoints do.
+
+        transformers, old and new, and vLLM read that spelling; vLLM does not read the names in
+        memory of a CLIP tower (its own have a `vision_model` part).
+        """
+        for inside, outside in self.published:
+            if name.startswith(inside):
+                return outside + name.removeprefix(inside)
+        return name
 
 
 # Published LLaVA configs leave sizes out where they equal the language model's class defaults.
@@ -63,6 +75,12 @@ _ROWS = (
         vision=("model.vision_tower",),
         projector=("model.multi_modal_projector",),
         image_token_keys=("image_token_id", "image_token_index"),
+        published=(
+            ("model.language_model.", "language_model.model."),
+            ("lm_head.", "language_model.lm_head."),
+            ("model.vision_tower.", "vision_tower.vision_model."),
+            ("model.multi_modal_projector.", "multi_modal_projector."),
+        ),
     ),
 )
 ARCHITECTURES = {row.model_type: row for row in _ROWS}
@@ -125,3 +143,9 @@ def grid_problems(config: Mapping[str, Any], bits: int, group_size: int) -> list
                 kind, f"{bits}-bit codes of {name} ({out} x {width}) do not fill 32-bit words"
             )
     return list(problems.values())
+
+
+def awq_problems(config: Mapping[str, Any]) -> list[str]:
+    """Why gptqmodel's AWQ cannot run on this model: its clip search takes 64 outputs at a time."""
+    odd = {name: out for name, (out, _) in linear_shapes(config).items() if out % 64}
+    return [f"AWQ needs a multiple of 64 outputs, {k} has {v}" for k, v in list(odd.items())[:1]]

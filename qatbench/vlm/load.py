@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from qatbench import store
 from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
-from qatbench.quant.backends import quiet
+from qatbench.quant.backends import prepare_import, quiet
 from qatbench.quant.packing import dequantize_awq, dequantize_gptq
 from qatbench.vlm import builtin
 from qatbench.vlm.layout import Architecture, architecture
@@ -176,7 +175,7 @@ def load_tokenizer(folder: ModelFolder) -> tuple[Any, Any | None]:
 
 
 def _load_plain(folder: ModelFolder, dtype: torch.dtype, device: str) -> Any:
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(os.cpu_count() or 2))
+    prepare_import()
     auto = getattr(transformers, folder.arch.auto_class)
     extra: dict[str, Any] = {"device_map": device} if folder.quantization else {}
     try:

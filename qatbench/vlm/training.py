@@ -104,7 +104,9 @@ class TrainingData:
         ids = torch.zeros(len(packs), length, dtype=torch.long)
         positions = torch.zeros(len(packs), length, dtype=torch.long)
         owner = torch.arange(-1, -length - 1, -1).repeat(len(packs), 1)  # padding sees itself
-        where, target, images = [], [], []
+        where: list[int] = []
+        target: list[int] = []
+        images: list[Tensor] = []
         for b, pack in enumerate(packs):
             at = 0
             for number, row in enumerate(pack):

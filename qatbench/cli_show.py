@@ -1,0 +1,64 @@
+"""How a verb's result looks on a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qatbench.ui import Ui, table
+
+
+def checkpoint_result(ui: Ui, record: dict[str, Any], out: Path) -> None:
+    """Show what quantize or train-qat made."""
+    figures = record["figures"]
+    shown = {
+        "checkpoint": str(out),
+        "method": str(figures["method"]),
+        "bits/weight": f"{figures['bits_per_weight']:.2f}",
+        "reload error": str(figures["reload"]["text"]),
+        "seconds": f"{record['seconds']:.0f}",
+    }
+    extra = []
+    layers = figures.get("layers")
+    if layers:
+        n = len(layers["rtn"])
+        extra.append(
+            f"layer output error below RTN's in {n - len(layers['above_rtn'])} of {n} layers"
+        )
+        if layers["above_rtn"]:
+            extra.append(f"not below in {layers['above_rtn']}: {layers['reason']}")
+    ui.result(figures | {"out": str(out)}, [table("checkpoint", [shown]), *extra])
+    ui.next_command(f"qatbench eval {out} --task scienceqa:test:text --out RUN")
+
+
+def metric_row(item: dict[str, Any]) -> dict[str, str]:
+    """One task of metrics.json as a row."""
+    overall = item["overall"]
+    return {
+        "task": item["task"],
+        "protocol": item["protocol"],
+        "mode": item["mode"],
+        "n": str(overall["n"]),
+        "accuracy": f"{100 * overall['accuracy']:.1f}",
+        "95 %": f"[{100 * overall['low']:.1f}, {100 * overall['high']:.1f}]",
+        "chance": f"{100 * overall['chance']:.1f}",
+        "unparsed": str(item["unparsed"]),
+        "errors": str(item["errors"]),
+    }
+
+
+def comparison_result(ui: Ui, result: Any, out: Path) -> None:
+    """Show the table of a comparison and where its report is."""
+    from qatbench.report.tables import arm_rows
+
+    rows = arm_rows(result)
+    if len(result.tasks) == 1:
+        rows = [{k: v for k, v in row.items() if k != "task"} for row in rows]
+    title = f"accuracy, difference to {result.baseline}"
+    shown = [table(title, rows, right=("acc %", "n", "MB", "bits/w", "cost"))]
+    ui.result(result.model_dump(mode="json"), [*shown, f"report: {out / 'report.md'}"])
+
+
+def worst_drop(result: Any) -> float:
+    """Largest loss against the baseline over all arms and tasks, a fraction."""
+    return max((-pair.difference for task in result.tasks for pair in task.pairs), default=0.0)

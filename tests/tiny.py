@@ -1,0 +1,202 @@
+"""Seeded random models and data, small enough for a test: no weights are downloaded.
+
+A 2-layer text Llama, a 2-layer LLaVA with its real processor, and a folder in ScienceQA's layout.
+Both are saved as plain bf16 folders. Every size is a multiple of 32, as 3-bit packing needs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+HIDDEN, INNER, LAYERS, GROUP = 64, 128, 2, 32
+HEAD, HEADS, KV_HEADS = 32, 4, 2
+IMAGE, PATCH = 32, 8
+VISUAL_TOKENS = (IMAGE // PATCH) ** 2
+TEMPLATE = (
+    "{% for message in messages %}USER: {% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+WORDS = (
+    "Question: Which of these is a renewable resource, and why does it matter?\nAnswer: "
+    "USER: ASSISTANT: Context: Select the best answer. Which animal is a mammal? a bird a fish "
+    "the horse the eagle the salmon water wind coal natural gas oil a lizard is cold-blooded "
+    "Look at the picture. What color is the square? red green blue yellow white black solid liquid"
+)
+
+
+def tokenizer(*, image_token: bool = False) -> Any:
+    """A byte-level BPE tokenizer with pad, eos and, for the VLM, `<image>`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = ["<pad>", "</s>", *(["<image>"] if image_token else [])]
+    trainer = trainers.BpeTrainer(
+        vocab_size=352,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([WORDS], trainer)
+    extra = {"extra_special_tokens": {"image_token": "<image>"}} if image_token else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", **extra
+    )
+
+
+def text_sizes(vocabulary: int) -> dict[str, Any]:
+    """Sizes of the language model of both families."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD,
+        "max_position_embeddings": 1024,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+
+
+def _lively(model: Any, seed: int) -> Any:
+    """Random weights far from their small defaults, norms far from 1: errors must show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            noise = torch.randn(value.shape, generator=generator)
+            if value.ndim == 1 and name.endswith("weight"):
+                value.copy_(1 + 0.2 * noise)
+            elif value.ndim == 1:
+                value.copy_(0.1 * noise)
+            else:
+                value.copy_(noise * (1.0 if "embed" in name else 1.5 / value[0].numel() ** 0.5))
+    return model.to(torch.bfloat16)
+
+
+def save_text_model(folder: Path, *, seed: int = 0) -> Path:
+    """A text Llama with its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    words = tokenizer()
+    model = LlamaForCausalLM(LlamaConfig(**text_sizes(len(words))))
+    _lively(model, seed).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def save_llava(folder: Path, *, seed: int = 0) -> Path:
+    """A LLaVA (CLIP tower, projector, Llama) with its processor and chat template."""
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    words = tokenizer(image_token=True)
+    vision = CLIPVisionConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=IMAGE,
+        patch_size=PATCH,
+        projection_dim=HIDDEN,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**text_sizes(len(words))),
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+        tie_word_embeddings=False,
+    )
+    _lively(LlavaForConditionalGeneration(config), seed).save_pretrained(folder)
+    size = {"height": IMAGE, "width": IMAGE}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": IMAGE}, crop_size=size),
+        tokenizer=words,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
+ANIMALS = {"horse": "a mammal", "eagle": "a bird", "salmon": "a fish"}
+SECRET_HINT = "Look at the picture before you select."
+
+
+def save_questions(
+    folder: Path, *, text: int = 6, images: int = 6, missing: tuple[str, ...] = ()
+) -> Path:
+    """A folder in ScienceQA's layout: `text` + `images` questions in each of train and test.
+
+    Ids are `train-t0` .. and `test-i0` ..; the image files of the ids in `missing` are not there.
+    """
+    problems: dict[str, Any] = {}
+    splits: dict[str, list[str]] = {}
+    for split in ("train", "test"):
+        splits[split] = []
+        for i in range(text):
+            name, answer = list(ANIMALS.items())[i % 3]
+            choices = list(ANIMALS.values()) + (["a lizard"] if i % 2 else [])
+            row = _row(split, f"Which animal is the {name}? {i}", choices, choices.index(answer))
+            splits[split].append(f"{split}-t{i}")
+            problems[splits[split][-1]] = row
+        for i in range(images):
+            colour = list(COLOURS)[i % 3]
+            row = _row(split, f"What color is square {i}?", list(COLOURS), i % 3)
+            pid = f"{split}-i{i}"
+            splits[split].append(pid)
+            problems[pid] = row | {"image": "image.png", "hint": SECRET_HINT}
+            if pid not in missing:
+                save_image(folder, split, pid, colour, i)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "problems.json").write_text(json.dumps(problems), encoding="utf-8")
+    (folder / "pid_splits.json").write_text(json.dumps(splits), encoding="utf-8")
+    return folder
+
+
+def save_image(folder: Path, split: str, pid: str, colour: str, seed: int) -> Path:
+    """The picture of one question: a coloured square with a seeded dark patch."""
+    picture = Image.new("RGB", (40 + seed, 40), COLOURS[colour])
+    picture.paste((seed * 20 % 256, 0, 60), (5 + seed, 5, 20 + seed, 20))
+    file = folder / "images" / split / pid / "image.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(file)
+    return file
+
+
+def _row(split: str, question: str, choices: list[str], answer: int) -> dict[str, Any]:
+    return {
+        "question": question,
+        "choices": choices,
+        "answer": answer,
+        "hint": "",
+        "image": None,
+        "split": split,
+        "subject": "natural science",
+        "topic": "biology",
+        "category": "Animals",
+        "skill": "Classify",
+        "grade": "grade2",
+    }
