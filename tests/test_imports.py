@@ -54,8 +54,12 @@ SLOW = FRAMEWORKS | {"scipy", "datasets", "pandas", "matplotlib", "huggingface_h
 
 LONGEST_FILE = 320
 LONGEST_FUNCTION = 60
-LONG_FILES = {"cli.py", "stages/evaluate.py", "stages/train.py"}
-LONG_FUNCTIONS = {("tasks/protocols.py", "_table")}
+LONG_FILES: set[str] = set()
+LONG_FUNCTIONS = {
+    ("tasks/protocols.py", "_table"),
+    ("cli.py", "eval_command"),
+    ("cli_make.py", "train_command"),
+}
 
 
 def name_of(path: Path) -> str:
@@ -73,7 +77,8 @@ def tree(path: Path) -> ast.Module:
 
 def part_of(module: str) -> str:
     """`qatbench.quant.grid` -> `quant`; the package itself (its version) is no part."""
-    return (module.split(".") + [""])[1]
+    part = [*module.split("."), ""][1]
+    return "cli" if part.startswith("cli_") else part  # the command line is spread over files
 
 
 def imported(nodes: list[ast.AST]) -> set[str]:
@@ -252,7 +257,7 @@ def test_functions_are_short(path: Path) -> None:
     assert not long
 
 
-@pytest.mark.xfail(strict=True, reason="tasks/protocols.py: _table has 65 lines")
+@pytest.mark.xfail(strict=True, reason=f"over {LONGEST_FUNCTION} lines: {LONG_FUNCTIONS}")
 def test_no_function_is_excused() -> None:
     assert not [long for path in FILES for long in long_ones(path)]
 

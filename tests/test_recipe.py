@@ -251,9 +251,7 @@ def test_no_arms_is_a_problem(write: Callable[[str], Path]) -> None:
 def test_a_cycle_is_told_with_its_way(
     arms: Callable[[str], Recipe], text: str, circle: str
 ) -> None:
-    assert problems(lambda: arms(text)) == [
-        f"{FIRST_ARM}: arms.sft: is made from itself: {circle}"
-    ]
+    assert problems(lambda: arms(text)) == [f"{FIRST_ARM}: arms.sft: is made from itself: {circle}"]
 
 
 @pytest.mark.xfail(
@@ -399,7 +397,9 @@ def test_a_typo_does_not_hide_a_missing_arm(arms: Callable[[str], Recipe]) -> No
     assert any("no arm 'gone'" in line for line in found)
 
 
-@pytest.mark.xfail(strict=True, reason="beside a typo, a grid that no arm uses is told as a problem")
+@pytest.mark.xfail(
+    strict=True, reason="beside a typo, a grid that no arm uses is told as a problem"
+)
 def test_a_typo_does_not_make_an_unused_grid_a_problem(write: Callable[[str], Path]) -> None:
     text = HEAD.replace("group_size: 64", "group_size: 128") + "  sft: {kind: sft, colour: red}\n"
     found = problems(lambda: load_recipe(write(text), check_grid))

@@ -61,7 +61,7 @@ class QuantizedLinear:
         exact = steps + zeros.float()[..., None]
         fields = exact.round()
         off = (exact - fields).abs().max().item()
-        inside = 0 <= fields.min().item() and fields.max().item() < 2**grid.bits
+        inside = fields.min().item() >= 0 and fields.max().item() < 2**grid.bits
         if off > 5e-3 or not inside:
             raise NumericsError(f"{name}: weights are {off:.3f} of a step off the grid")
         return cls(

@@ -7,24 +7,23 @@ not whole in that file, so it ends with the predictions of an uninterrupted one.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any, Literal, NamedTuple
 
 from qatbench import store
-from qatbench.errors import ArtifactError, NumericsError, PrerequisiteError, UsageError
+from qatbench.errors import ArtifactError, UsageError
 from qatbench.records import Prediction, Question
 from qatbench.stages.common import Progress
 from qatbench.stages.metrics import summarize
-from qatbench.tasks import protocols, selector
+from qatbench.tasks import selector
 from qatbench.tasks.selector import Selector
+from qatbench.vlm import answer as answering
 from qatbench.vlm import load as models
-from qatbench.vlm.batch import Encoded, Encoder, OptionRow, generate, score_options
+from qatbench.vlm.answer import Item, Key
+from qatbench.vlm.batch import Encoder
 from qatbench.vlm.load import Loaded, ModelFolder
 
 PARTIAL = "predictions.partial.jsonl"
@@ -49,8 +48,9 @@ class EvalSettings:
     def spec(self, model: str, asked: Mapping[str, Sequence[Question]]) -> dict[str, Any]:
         """What decides the predictions: not the device, nor how questions are batched.
 
-        `model` is its fingerprint.
+        `model` is its fingerprint. Images that are not there are named: see `run_folder`.
         """
+        missing = [q.id for rows in asked.values() for q in rows if _image_missing(q)]
         return {
             "model": model,
             "tasks": {name: selector.digest(rows) for name, rows in asked.items()},
@@ -60,7 +60,7 @@ class EvalSettings:
             "kernel": self.kernel,
             "limit": self.limit,
             "seed": self.seed if self.limit else None,
-        }
+        } | ({"missing_images": missing} if missing else {})
 
 
 def questions_of(
@@ -68,7 +68,7 @@ def questions_of(
 ) -> dict[str, list[Question]]:
     """Load what the selectors name; `limit` questions of each in a seeded order.
 
-    Raises: UsageError when a selector picks nothing.
+    Raises: UsageError when a selector picks nothing, or two pick the same question.
     """
     asked: dict[str, list[Question]] = {}
     for chosen in selectors:
@@ -76,6 +76,12 @@ def questions_of(
         if not rows:
             raise UsageError(f"no questions in {chosen}")
         asked[str(chosen)] = selector.limit(rows, limit, seed) if limit else rows
+    keys = [(q.task, q.id) for rows in asked.values() for q in rows]
+    if len(set(keys)) < len(keys):
+        raise UsageError(
+            f"{len(keys) - len(set(keys))} questions are asked twice: {', '.join(asked)}",
+            hint="name parts that do not overlap",
+        )
     return asked
 
 
@@ -96,21 +102,20 @@ def evaluate(
     started = time.monotonic()
     asked = questions_of(settings.selectors, paths, settings.limit, settings.seed)
     _refuse_images(model, asked)
-    folder = store.RunFolder(out, "eval", settings.spec(model.fingerprint(), asked))
+    folder = run_folder(out, settings, model.fingerprint(), asked)
     if folder.begin(resume=resume) is store.State.DONE:
-        store.read_predictions(out / "predictions.jsonl")
-        return store.read_json(out / store.PROVENANCE)
+        return _finished(out)
     device = models.pick_device(settings.device)
     dtype = models.pick_dtype(settings.dtype, device)
     progress("Loading the model", 0, 0)
     loaded = models.load(model, device=device, dtype=dtype, kernel=_kernel(settings, model))
     answered = time.monotonic()
-    rows = answer_all(loaded, settings, asked, out / PARTIAL, progress)
+    rows, now = _answer_all(loaded, settings, asked, out / PARTIAL, progress)
     seconds = time.monotonic() - answered
     _check_errors(rows, settings.max_errors)
     _write_predictions(rows, out, paths)
     names = {task: settings.protocol[task] for task in {row.task for row in rows}}
-    metrics = summarize(rows, protocols=names, mode=settings.mode, seconds=seconds)
+    metrics = summarize(rows, protocols=names, mode=settings.mode, seconds=seconds, timed=now)
     store.write_json(out / "metrics.json", metrics.model_dump(mode="json"))
     record = folder.finish(
         inputs={"model": _model_record(model), "data": folder.spec["tasks"]},
@@ -127,10 +132,54 @@ def evaluate(
     return record
 
 
+def run_folder(
+    out: Path, settings: EvalSettings, model: str, asked: Mapping[str, Sequence[Question]]
+) -> store.RunFolder:
+    """The folder of an evaluation; `model` is its fingerprint.
+
+    An unfinished folder whose missing images have come since goes on as the same evaluation: only
+    rows of those images were errors, and errors are tried again.
+    """
+    folder = store.RunFolder(out, "eval", settings.spec(model, asked))
+    if (out / store.PROVENANCE).exists() or not (out / store.UNFINISHED).exists():
+        return folder
+    spec = store.read_json(out / store.UNFINISHED).get("spec", {})
+    absent = set(spec.get("missing_images", ()))
+    before = {name: [_absent(q) if q.id in absent else q for q in asked[name]] for name in asked}
+    if absent and settings.spec(model, before) == spec and spec != folder.spec:
+        store.write_json(
+            out / store.UNFINISHED,
+            {"stage": folder.stage, "fingerprint": folder.fingerprint, "spec": folder.spec},
+        )
+    return folder
+
+
+def _image_missing(question: Question) -> bool:
+    return isinstance(question.image, Path) and not question.image.is_file()
+
+
+def _absent(question: Question) -> Question:
+    """The question as it was when its image file was not there."""
+    if not isinstance(question.image, Path):
+        return question
+    nowhere = Path("/nonexistent").joinpath(*question.image.parts[-3:])
+    return question.model_copy(update={"image": nowhere})
+
+
+def _finished(out: Path) -> dict[str, Any]:
+    """Provenance of a finished folder, once its files are known to be whole."""
+    for name in ("predictions.jsonl", "metrics.json"):
+        if not (out / name).exists():
+            raise ArtifactError(f"{out / name} is gone", hint="delete the folder, evaluate again")
+    store.read_predictions(out / "predictions.jsonl")
+    return store.read_json(out / store.PROVENANCE)
+
+
 def _kernel(settings: EvalSettings, model: ModelFolder) -> str:
-    """`auto`: the library's INT4 kernel at 4 bits; else dense, as the library has no such kernel
-    at 3 and 2 bits and would dequantize at every forward.
-    """  # fmt: skip
+    """`auto` is the library's kernel at 4 and 8 bits, else dense.
+
+    The library has no integer kernel at 3 and 2 bits and would dequantize at every forward.
+    """
     if settings.kernel != "auto":
         return settings.kernel
     return "library" if (model.quantization or {}).get("bits", 4) in (4, 8) else "dense"
@@ -159,20 +208,6 @@ def _model_record(model: ModelFolder) -> dict[str, Any]:
 # --- answering ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Item:
-    """A question ready to run, or the reason why it cannot."""
-
-    question: Question
-    row: OptionRow | None
-    prompt: Encoded | None
-    error: str | None = None
-
-    @property
-    def cost(self) -> int:
-        return len(self.row or self.prompt or ())
-
-
 def answer_all(
     loaded: Loaded,
     settings: EvalSettings,
@@ -180,142 +215,56 @@ def answer_all(
     partial: Path,
     progress: Progress,
 ) -> list[Prediction]:
-    """Answer all questions, batch by batch, appending to `partial`; in the order asked."""
+    """Answer all questions, batch by batch, appending to `partial`; in the order asked.
+
+    What `partial` holds already is kept; its errors are tried again.
+    """
+    return list(_answer_all(loaded, settings, asked, partial, progress).rows)
+
+
+class _Answered(NamedTuple):
+    rows: list[Prediction]
+    now: int  # answered by this run, the others by an earlier one
+
+
+def _answer_all(
+    loaded: Loaded,
+    settings: EvalSettings,
+    asked: Mapping[str, Sequence[Question]],
+    partial: Path,
+    progress: Progress,
+) -> _Answered:
     encoder = Encoder(loaded)
-    items = [_prepare(encoder, question, settings) for rows in asked.values() for question in rows]
-    batches = _batches(items, settings.batch_size, _budget(loaded.device.type))
+    progress("Reading the questions", 0, 0)
+    questions = [question for rows in asked.values() for question in rows]
+    items = answering.items_of(encoder, questions, settings.protocol, settings.mode)
+    batches = answering.batches(items, settings.batch_size, _budget(loaded.device.type))
     done = _whole_batches(partial, batches)
-    total, count = len(items), len(done)
-    with partial.open("w", encoding="utf-8") as stream:
-        for line in done.values():
-            stream.write(line.model_dump_json() + "\n")
-        stream.flush()
+    kept = len(done)
+    store.write_text(partial, _lines(done.values()))
+    with partial.open("a", encoding="utf-8") as stream:
         for batch in batches:
-            if (batch[0].question.task, batch[0].question.id) in done:
+            if batch[0].key in done:
                 continue
-            for prediction in _halving(loaded, settings, batch):
-                done[prediction.task, prediction.id] = prediction
-                stream.write(prediction.model_dump_json() + "\n")
+            rows = answering.answer(encoder, batch)
+            done |= {(row.task, row.id): row for row in rows}
+            stream.write(_lines(rows))
             stream.flush()
-            count += len(batch)
-            progress("Answering", count, total)
-    return [done[item.question.task, item.question.id] for item in items]
+            progress("Answering", len(done), len(items))
+    return _Answered([done[item.key] for item in items], len(items) - kept)
 
 
-def _prepare(encoder: Encoder, question: Question, settings: EvalSettings) -> _Item:
-    protocol = protocols.get(settings.protocol[question.task])
-    try:
-        prompt = encoder.prompt(protocol.prompt(question), question.image)
-        if settings.mode == "generate":
-            return _Item(question, None, prompt)
-        answers = [
-            encoder.answer(prompt, protocol.continuation(question, letter))
-            for letter in question.options
-        ]
-    except (PrerequisiteError, ArtifactError) as error:
-        return _Item(question, None, None, error.message)
-    return _Item(question, OptionRow(prompt, answers), prompt)
-
-
-def _batches(items: Sequence[_Item], size: int | None, budget: int) -> list[list[_Item]]:
-    """Longest first, `size` rows or `budget` padded tokens a batch; rows in error by themselves."""
-    batches: list[list[_Item]] = [[item] for item in items if item.error]
-    rest = sorted((i for i in items if not i.error), key=lambda i: -i.cost)
-    start = 0
-    while start < len(rest):
-        rows = size or max(1, budget // max(1, rest[start].cost))
-        batches.append(rest[start : start + rows])
-        start += rows
-    return batches
-
-
-def _whole_batches(
-    partial: Path, batches: Sequence[Sequence[_Item]]
-) -> dict[tuple[str, str], Prediction]:
+def _whole_batches(partial: Path, batches: Sequence[Sequence[Item]]) -> dict[Key, Prediction]:
+    """Rows of batches that were answered as a whole; errors are not answers."""
     if not partial.exists():
         return {}
-    found = {(p.task, p.id): p for p in store.read_predictions(partial, torn_tail=True)}
-    done = {}
+    rows = store.read_predictions(partial, torn_tail=True)
+    found = {(row.task, row.id): row for row in rows if row.status != "error"}
+    done: dict[Key, Prediction] = {}
     for batch in batches:
-        keys = [(item.question.task, item.question.id) for item in batch]
-        if all(key in found for key in keys):
-            done |= {key: found[key] for key in keys}
+        if all(item.key in found for item in batch):
+            done |= {item.key: found[item.key] for item in batch}
     return done
-
-
-def _halving(loaded: Loaded, settings: EvalSettings, batch: Sequence[_Item]) -> list[Prediction]:
-    """Answer a batch; out of GPU memory, answer its halves."""
-    try:
-        return _answer(loaded, settings, batch)
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise PrerequisiteError(
-                f"question {batch[0].question.id} alone does not fit into memory"
-            ) from None
-        torch.cuda.empty_cache()
-    middle = len(batch) // 2
-    return _halving(loaded, settings, batch[:middle]) + _halving(loaded, settings, batch[middle:])
-
-
-def _answer(loaded: Loaded, settings: EvalSettings, batch: Sequence[_Item]) -> list[Prediction]:
-    if batch[0].error:
-        return [_row(item.question, status="error", error=item.error) for item in batch]
-    if settings.mode == "options":
-        scores = score_options(loaded, [item.row for item in batch if item.row])
-        return [_scored(item.question, some) for item, some in zip(batch, scores, strict=True)]
-    protocol = protocols.get(settings.protocol[batch[0].question.task])
-    prompts = [item.prompt for item in batch if item.prompt]
-    texts = generate(loaded, prompts, protocol.max_new_tokens)
-    return [
-        _extracted(item.question, text.strip(), protocol.extract)
-        for item, text in zip(batch, texts, strict=True)
-    ]
-
-
-def _scored(question: Question, scores: Sequence[float]) -> Prediction:
-    if not all(score == score and abs(score) != float("inf") for score in scores):
-        raise NumericsError(f"question {question.id}: option scores are not finite: {scores}")
-    best = max(scores)
-    letters = list(question.options)
-    return _row(
-        question,
-        status="ok",
-        chosen=letters[list(scores).index(best)],
-        scores={k: round(v, 6) for k, v in zip(letters, scores, strict=True)},
-        tie=sum(score == best for score in scores) > 1,
-    )
-
-
-def _extracted(
-    question: Question, text: str, extract: Callable[[str, Mapping[str, str]], str | None]
-) -> Prediction:
-    chosen = extract(text, question.options)
-    return _row(
-        question,
-        status="ok" if chosen else "unparsed",
-        chosen=chosen,
-        raw=text,
-        raw_sha256=hashlib.sha256(text.encode()).hexdigest(),
-        raw_length=len(text),
-    )
-
-
-def _row(question: Question, **fields: Any) -> Prediction:
-    meta = {
-        "subject": question.subject,
-        "category": question.category,
-        "has_image": question.has_image,
-        "group": question.group,
-        "circular_pass": question.circular_pass if question.group else None,
-    }
-    return Prediction(
-        id=question.id,
-        task=question.task,
-        choices=tuple(question.options),
-        gold=question.gold,
-        meta={key: value for key, value in meta.items() if value is not None},
-        **({"chosen": None} | fields),
-    )
 
 
 # --- the end ------------------------------------------------------------------------------------

@@ -10,16 +10,27 @@ from qatbench.stats import wilson
 
 
 def summarize(
-    rows: Sequence[Prediction], *, protocols: Mapping[str, str], mode: str, seconds: float
+    rows: Sequence[Prediction],
+    *,
+    protocols: Mapping[str, str],
+    mode: str,
+    seconds: float,
+    timed: int | None = None,
 ) -> Metrics:
-    """Accuracy of each task, overall and by subject and modality, with what was not answered."""
+    """Accuracy of each task, overall and by subject and modality, with what was not answered.
+
+    `timed` of the rows were answered in these `seconds` (all if None): the others by a run that
+    was cut off, which do not count for questions a second.
+    """
     by_task: dict[str, list[Prediction]] = defaultdict(list)
     for row in rows:
         by_task[row.task].append(row)
     return Metrics(
         tasks=tuple(_task(name, some, protocols[name], mode) for name, some in by_task.items()),
         seconds=round(seconds, 3),
-        questions_per_second=round(len(rows) / seconds, 3) if seconds else 0.0,
+        questions_per_second=round((len(rows) if timed is None else timed) / seconds, 3)
+        if seconds
+        else 0.0,
     )
 
 

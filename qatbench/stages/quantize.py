@@ -135,9 +135,7 @@ def _solve(
 
     if settings.method == "rtn":
         return round_to_nearest(loaded.model, names, grid, step)
-    return solve(
-        settings.method, model.path, names, grid, batches, device=device, progress=step
-    )
+    return solve(settings.method, model.path, names, grid, batches, device=device, progress=step)
 
 
 def check_grid(model: ModelFolder, bits: int, group_size: int) -> None:
@@ -154,9 +152,7 @@ def check_grid(model: ModelFolder, bits: int, group_size: int) -> None:
         raise UsageError("; ".join(problems), hint="choose a group size that divides every layer")
 
 
-def calibration_questions(
-    settings: QuantizeSettings, paths: Mapping[str, str]
-) -> list[Question]:
+def calibration_questions(settings: QuantizeSettings, paths: Mapping[str, str]) -> list[Question]:
     """`samples` questions drawn with the seed from the calibration split.
 
     Raises: PrerequisiteError when no split is named; UsageError when it is smaller.
@@ -209,7 +205,8 @@ def calibration_batches(
             raise ArtifactError(f"calibration question {question.id} has no answer")
         prompt = encoder.prompt(chosen.prompt(question), question.image)
         ids = prompt.ids + encoder.answer(prompt, chosen.continuation(question, question.gold))
-        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
+        tokens = torch.tensor([ids])
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         batches.append(inputs | prompt.pixels)
     return batches
 

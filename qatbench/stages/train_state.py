@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qatbench import store
@@ -77,7 +78,7 @@ def restore(
                 **{m: tensors[f"{m}/{name}"].to(device) for m in MOMENTS},
             }
         controller.load_state_dict(facts["controller"])
-    except (KeyError, RuntimeError, OSError, ValueError) as error:
+    except (SafetensorError, KeyError, RuntimeError, OSError, ValueError) as error:
         raise ArtifactError(
             f"damaged training state {found[-1]}: {error}",
             hint="delete that folder; the run then starts from the beginning",

@@ -45,7 +45,8 @@ def open_image(image: Path | bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             if opened.width * opened.height > MAX_PIXELS:
-                raise ArtifactError(f"image of {opened.width} x {opened.height} pixels is too large")
+                size = f"{opened.width} x {opened.height}"
+                raise ArtifactError(f"an image of {size} pixels is too large")
             return opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Not the library's own words: they hold the file's whole path.
@@ -66,9 +67,7 @@ class Encoder:
             )
 
     def _template(self) -> bool:
-        return bool(
-            getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
-        )
+        return bool(getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template)
 
     @property
     def form(self) -> str:
@@ -121,11 +120,12 @@ def backbone(loaded_model: Any) -> nn.Module:
     return inner
 
 
-def pixel_batch(rows: Sequence[Encoded], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def pixel_batch(
+    rows: Sequence[Encoded], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Vision inputs of all rows, in order, on the device."""
-    keys = {key for row in rows for key in row.pixels}
-    out: dict[str, Any] = {}
-    for key in keys:
+    out: dict[str, Tensor] = {}
+    for key in dict.fromkeys(key for row in rows for key in row.pixels):
         value = torch.cat([row.pixels[key] for row in rows if key in row.pixels]).to(device)
         out[key] = value.to(dtype) if value.is_floating_point() else value
     return out
@@ -153,6 +153,7 @@ def score_options(loaded: Loaded, rows: Sequence[OptionRow]) -> list[list[float]
     """
     model, device = loaded.model, loaded.device
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    asked, rows = rows, [_unique(row) for row in rows]
     ids, positions, mask = _layout(rows, loaded.tokenizer.pad_token_id or 0)
     hidden = backbone(model)(
         input_ids=ids.to(device),
@@ -164,13 +165,20 @@ def score_options(loaded: Loaded, rows: Sequence[OptionRow]) -> list[list[float]
     where, tokens = _predictors(rows)
     flat = hidden.reshape(-1, hidden.shape[-1])[where.to(device)]
     logprobs = _token_logprobs(model.lm_head, flat, tokens.to(device)).tolist()
-    scores, at = [], 0
-    for row in rows:
-        scores.append([])
+    scores: list[list[float]] = []
+    at = 0
+    for row, given in zip(rows, asked, strict=True):
+        means: dict[tuple[int, ...], float] = {}
         for answer in row.answers:
-            scores[-1].append(sum(logprobs[at : at + len(answer)]) / len(answer))
+            means[tuple(answer)] = sum(logprobs[at : at + len(answer)]) / len(answer)
             at += len(answer)
+        scores.append([means[tuple(answer)] for answer in given.answers])
     return scores
+
+
+def _unique(row: OptionRow) -> OptionRow:
+    """The row with equal options once: they tie exactly, whatever the kernels' rounding."""
+    return OptionRow(row.prompt, [list(ids) for ids in dict.fromkeys(map(tuple, row.answers))])
 
 
 def _layout(rows: Sequence[OptionRow], pad: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,7 +207,8 @@ def _layout(rows: Sequence[OptionRow], pad: int) -> tuple[Tensor, Tensor, Tensor
 def _predictors(rows: Sequence[OptionRow]) -> tuple[Tensor, Tensor]:
     """Flat positions whose output predicts each answer token, and those tokens."""
     length = max(map(len, rows))
-    where, tokens = [], []
+    where: list[int] = []
+    tokens: list[int] = []
     for b, row in enumerate(rows):
         last, at = len(row.prompt) - 1, len(row.prompt)
         for answer in row.answers:
@@ -212,7 +221,7 @@ def _predictors(rows: Sequence[OptionRow]) -> tuple[Tensor, Tensor]:
 
 def _token_logprobs(head: nn.Module, hidden: Tensor, tokens: Tensor, chunk: int = 1024) -> Tensor:
     parts = []
-    for some, wanted in zip(hidden.split(chunk), tokens.split(chunk), strict=True):
+    for some, wanted in zip(torch.split(hidden, chunk), torch.split(tokens, chunk), strict=True):
         logp = head(some).float().log_softmax(-1)
         parts.append(logp.gather(-1, wanted[:, None])[:, 0])
     return torch.cat(parts)

@@ -31,10 +31,25 @@ SMOLLM2_SIZES = {
     "vocab_size": 49152,
 }
 _KEPT = (
-    "attention_bias bos_token_id eos_token_id head_dim hidden_act hidden_size initializer_range "
-    "intermediate_size max_position_embeddings mlp_bias num_attention_heads num_hidden_layers "
-    "num_key_value_heads pad_token_id rms_norm_eps rope_parameters tie_word_embeddings vocab_size"
-).split()
+    "attention_bias",
+    "bos_token_id",
+    "eos_token_id",
+    "head_dim",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "mlp_bias",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "vocab_size",
+)
 
 
 def gguf_file() -> Path:

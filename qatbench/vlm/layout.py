@@ -126,7 +126,8 @@ def linear_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
-    return {f"{arch.layers}.{i}.{name}": sizes[name] for i in range(layers) for name in arch.linears}
+    names = [(f"{arch.layers}.{i}.{name}", name) for i in range(layers) for name in arch.linears]
+    return {full: sizes[name] for full, name in names}
 
 
 def grid_problems(config: Mapping[str, Any], bits: int, group_size: int) -> list[str]:

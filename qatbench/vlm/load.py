@@ -17,18 +17,17 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 
 from qatbench import store
 from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
 from qatbench.quant.backends import prepare_import, quiet
-from qatbench.quant.packing import dequantize_awq, dequantize_gptq
 from qatbench.vlm import builtin
 from qatbench.vlm.layout import Architecture, architecture
+from qatbench.vlm.packed import dequantized_state
 
 KERNELS = ("library", "dense")
-_PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass(frozen=True)
@@ -138,14 +137,16 @@ def _from_hub(name: str) -> Path:
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # noqa: BLE001 - the hub client raises a dozen unrelated types
+    except Exception as error:  # the hub client raises a dozen unrelated types
         raise PrerequisiteError(
             f"cannot get {name} from the hub: {type(error).__name__}",
             hint="check the name and the network, or give a local folder",
         ) from error
 
 
-def load(folder: ModelFolder, *, device: str, dtype: torch.dtype, kernel: str = "library") -> Loaded:
+def load(
+    folder: ModelFolder, *, device: str, dtype: torch.dtype, kernel: str = "library"
+) -> Loaded:
     """Load weights, tokenizer and processor; eval mode.
 
     Args:
@@ -158,10 +159,16 @@ def load(folder: ModelFolder, *, device: str, dtype: torch.dtype, kernel: str = 
     """
     quiet_libraries()
     kernel = kernel if folder.quantization else "dense"
-    if kernel == "dense" and folder.quantization:
-        model = _load_dense(folder, dtype)
-    else:
-        model = _load_plain(folder, dtype, device)
+    try:
+        if kernel == "dense" and folder.quantization:
+            model, info = _load_dense(folder, dtype)
+        else:
+            model, info = _load_plain(folder, dtype, device)
+    except (SafetensorError, json.JSONDecodeError, KeyError, RuntimeError, OSError) as error:
+        raise ArtifactError(
+            f"cannot load {folder.path}: {error}", hint="the checkpoint is damaged: make it anew"
+        ) from error
+    check_loading_info(folder.path, info)
     tokenizer, processor = load_tokenizer(folder)
     return Loaded(folder, model.to(device).eval(), tokenizer, processor, kernel)
 
@@ -174,27 +181,21 @@ def load_tokenizer(folder: ModelFolder) -> tuple[Any, Any | None]:
     return transformers.AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False), None
 
 
-def _load_plain(folder: ModelFolder, dtype: torch.dtype, device: str) -> Any:
+def _load_plain(folder: ModelFolder, dtype: torch.dtype, device: str) -> tuple[Any, dict[str, Any]]:
     prepare_import()
     auto = getattr(transformers, folder.arch.auto_class)
     extra: dict[str, Any] = {"device_map": device} if folder.quantization else {}
-    try:
-        with quiet() if folder.quantization else contextlib.nullcontext():
-            model, info = auto.from_pretrained(
-                folder.path,
-                dtype=dtype,
-                attn_implementation="sdpa",
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **extra,
-            )
-    except (SafetensorError, json.JSONDecodeError, KeyError, RuntimeError, OSError) as error:
-        raise ArtifactError(
-            f"cannot load {folder.path}: {error}", hint="the checkpoint is damaged: make it anew"
-        ) from error
-    check_loading_info(folder.path, info)
-    return model
+    with quiet() if folder.quantization else contextlib.nullcontext():
+        model, info = auto.from_pretrained(
+            folder.path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **extra,
+        )
+    return model, info
 
 
 def check_loading_info(path: Path, info: dict[str, Any]) -> None:
@@ -211,52 +212,19 @@ def check_loading_info(path: Path, info: dict[str, Any]) -> None:
             )
 
 
-def _load_dense(folder: ModelFolder, dtype: torch.dtype) -> Any:
+def _load_dense(folder: ModelFolder, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    weights = dequantized_state(folder)
     model, info = getattr(transformers, folder.arch.model_class).from_pretrained(
         None,
         config=config,
-        state_dict=weights,
+        state_dict=dequantized_state(folder.path, folder.quantization or {}),
         dtype=dtype,
         attn_implementation="sdpa",
         output_loading_info=True,
     )
-    check_loading_info(folder.path, info)
-    return model
-
-
-def dequantized_state(folder: ModelFolder) -> dict[str, Tensor]:
-    """All weights of a packed checkpoint, packed linears as dense fp32 `.weight` tensors.
-
-    Raises: ArtifactError on damaged files or a format that this project does not write.
-    """
-    tensors: dict[str, Tensor] = {}
-    try:
-        for file in sorted(folder.path.glob("*.safetensors")):
-            with safe_open(file, "pt") as stream:
-                tensors |= {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ArtifactError(f"damaged weights in {folder.path}: {error}") from error
-    settings = folder.quantization or {}
-    method, bits = settings.get("quant_method"), int(settings.get("bits", 0))
-    names = [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
-    for name in names:
-        packed = {part: tensors.pop(f"{name}.{part}", None) for part in _PACKED}
-        present = {part: value for part, value in packed.items() if value is not None}
-        if method == "gptq":
-            v2 = settings.get("checkpoint_format") == "gptq_v2"
-            weight = dequantize_gptq(present, bits, int(settings["group_size"]), v2=v2)
-        elif method == "awq" and bits == 4:
-            weight = dequantize_awq(
-                present["qweight"], present["qzeros"], present["scales"], settings["group_size"]
-            )
-        else:
-            raise ArtifactError(f"{folder.path}: cannot unpack {bits}-bit {method}")
-        tensors[f"{name}.weight"] = weight
-    return tensors
+    return model, info
 
 
 def kernel_name(loaded: Loaded) -> str:
@@ -285,16 +253,16 @@ def pick_device(name: str | None) -> str:
 
 
 def pick_dtype(name: str | None, device: str) -> torch.dtype:
-    """torch dtype by name; default bfloat16 on CUDA and float32 on the CPU.
+    """Find a torch dtype by name; default bfloat16 on CUDA and float32 on the CPU.
 
     Raises: UsageError for a name that is no floating dtype.
     """
     if name is None:
         return torch.float32 if device == "cpu" else torch.bfloat16
-    found = getattr(torch, name, None)
-    if found not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UsageError(f"unknown dtype {name!r}", hint="float32, bfloat16 or float16")
-    return found
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise UsageError(f"unknown dtype {name!r}", hint=", ".join(known))
+    return known[name]
 
 
 def machine(device: str) -> dict[str, Any]:

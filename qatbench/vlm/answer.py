@@ -1,0 +1,172 @@
+"""Questions -> batches -> predictions: what one model answers under one protocol a task.
+
+An option mode answer is the option of the highest mean log-probability, rounded to 1e-6 nats
+before it is judged, so that the letters of predictions.jsonl follow from the scores in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from qatbench.errors import ArtifactError, NumericsError, PrerequisiteError
+from qatbench.records import Prediction, Question
+from qatbench.tasks import protocols
+from qatbench.tasks.protocols import Protocol
+from qatbench.vlm.batch import Encoded, Encoder, OptionRow, generate, score_options
+
+Mode = Literal["options", "generate"]
+Key = tuple[str, str]
+"""(task, id): what names a question."""
+DIGITS = 6  # of a score, nats
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question ready to run, or the reason why it cannot.
+
+    The prompt holds no pixels: those of a whole test set would fill the memory.
+    """
+
+    question: Question
+    protocol: Protocol
+    prompt: Encoded | None = None
+    answers: list[list[int]] | None = None  # tokens of each option; None in generate mode
+    error: str | None = None
+
+    @property
+    def key(self) -> Key:
+        """Task and id."""
+        return self.question.task, self.question.id
+
+    @property
+    def cost(self) -> int:
+        """Tokens of the sequence that is run."""
+        return len(self.prompt or ()) + sum(map(len, self.answers or ()))
+
+
+def prepare(encoder: Encoder, question: Question, protocol: Protocol, mode: Mode) -> Item:
+    """Encode a question; a missing or damaged image becomes an error item, not an answer.
+
+    Raises: UsageError for an image question and a text model.
+    """
+    try:
+        prompt = encoder.prompt(protocol.prompt(question), question.image)
+        answers = None
+        if mode == "options":
+            texts = [protocol.continuation(question, letter) for letter in question.options]
+            answers = [encoder.answer(prompt, text) for text in texts]
+    except (PrerequisiteError, ArtifactError) as error:
+        return Item(question, protocol, error=error.message)
+    return Item(question, protocol, replace(prompt, pixels={}), answers)
+
+
+def batches(items: Sequence[Item], size: int | None, budget: int) -> list[list[Item]]:
+    """Longest first, `size` rows or `budget` padded tokens a batch, one protocol a batch.
+
+    Items in error come first, each by itself.
+    """
+    formed: list[list[Item]] = [[item] for item in items if item.error]
+    names = dict.fromkeys(item.protocol.name for item in items)
+    for name in names:
+        rest = [item for item in items if not item.error and item.protocol.name == name]
+        rest.sort(key=lambda item: -item.cost)
+        start = 0
+        while start < len(rest):
+            rows = size or max(1, budget // max(1, rest[start].cost))
+            formed.append(rest[start : start + rows])
+            start += rows
+    return formed
+
+
+def answer(encoder: Encoder, batch: Sequence[Item]) -> list[Prediction]:
+    """Answer one batch; out of GPU memory, answer its halves.
+
+    Raises: NumericsError when a score is not finite; PrerequisiteError when a single question
+        does not fit into memory.
+    """
+    try:
+        return _answer(encoder, batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise PrerequisiteError(
+                f"question {batch[0].question.id} alone does not fit into memory",
+                hint="a smaller model, --dtype bfloat16, or a larger device",
+            ) from None
+        torch.cuda.empty_cache()
+    middle = len(batch) // 2
+    return answer(encoder, batch[:middle]) + answer(encoder, batch[middle:])
+
+
+def _answer(encoder: Encoder, batch: Sequence[Item]) -> list[Prediction]:
+    if batch[0].error:
+        return [_row(item.question, status="error", error=item.error) for item in batch]
+    prompts = [_with_pixels(encoder, item) for item in batch]
+    if batch[0].answers is not None:
+        rows = [OptionRow(p, item.answers or []) for p, item in zip(prompts, batch, strict=True)]
+        scores = score_options(encoder.loaded, rows)
+        return [_scored(item.question, some) for item, some in zip(batch, scores, strict=True)]
+    texts = generate(encoder.loaded, prompts, batch[0].protocol.max_new_tokens)
+    return [_extracted(item, text.strip()) for item, text in zip(batch, texts, strict=True)]
+
+
+def _with_pixels(encoder: Encoder, item: Item) -> Encoded:
+    assert item.prompt is not None
+    if item.question.image is None:
+        return item.prompt
+    return encoder.prompt(item.protocol.prompt(item.question), item.question.image)
+
+
+def _scored(question: Question, scores: Sequence[float]) -> Prediction:
+    if not all(map(math.isfinite, scores)):
+        raise NumericsError(
+            f"question {question.id}: option scores are not finite: {scores}",
+            hint="the model overflows: try --dtype float32, or check its weights",
+        )
+    rounded = {k: round(v, DIGITS) for k, v in zip(question.options, scores, strict=True)}
+    best = max(rounded.values())
+    winners = [letter for letter, score in rounded.items() if score == best]
+    return _row(question, status="ok", chosen=winners[0], scores=rounded, tie=len(winners) > 1)
+
+
+def _extracted(item: Item, text: str) -> Prediction:
+    chosen = item.protocol.extract(text, item.question.options)
+    return _row(
+        item.question,
+        status="ok" if chosen else "unparsed",
+        chosen=chosen,
+        raw=text,
+        raw_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        raw_length=len(text),
+    )
+
+
+def _row(question: Question, **fields: Any) -> Prediction:
+    meta = {
+        "subject": question.subject,
+        "category": question.category,
+        "has_image": question.has_image,
+        "group": question.group,
+        "circular_pass": question.circular_pass if question.group else None,
+    }
+    return Prediction(
+        id=question.id,
+        task=question.task,
+        choices=tuple(question.options),
+        gold=question.gold,
+        meta={key: value for key, value in meta.items() if value is not None},
+        **({"chosen": None} | fields),
+    )
+
+
+def items_of(
+    encoder: Encoder, questions: Sequence[Question], named: Mapping[str, str], mode: Mode
+) -> list[Item]:
+    """Prepare all questions; `named` gives each task's protocol."""
+    table = {task: protocols.get(name) for task, name in named.items()}
+    return [prepare(encoder, question, table[question.task], mode) for question in questions]

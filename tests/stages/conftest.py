@@ -1,0 +1,73 @@
+"""Tiny models, data and checkpoints, made once for all tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import tiny
+import torch._dynamo
+
+from qatbench.stages.common import silent
+from qatbench.stages.quantize import QuantizeSettings, quantize
+from qatbench.tasks import selector
+from qatbench.vlm.load import ModelFolder, find
+
+SAMPLES = 6
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _eager() -> None:
+    # The library compiles its 3- and 2-bit unpacking for half a minute; eager computes the same.
+    torch._dynamo.config.disable = True
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tiny.save_questions(tmp_path_factory.mktemp("data") / "scienceqa")
+    return {"scienceqa": str(folder)}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelFolder]:
+    root = tmp_path_factory.mktemp("models")
+    tiny.save_text_model(root / "text")
+    tiny.save_llava(root / "llava")
+    return {name: find(str(root / name)) for name in ("text", "llava")}
+
+
+class Made(NamedTuple):
+    """A finished checkpoint and its provenance."""
+
+    path: Path
+    record: dict[str, Any]
+
+
+Make = Callable[[str, str, int], Made]
+
+
+def settings(family: str, method: Any, bits: int = 4) -> QuantizeSettings:
+    part = "scienceqa:train:text" if family == "text" else "scienceqa:train"
+    return QuantizeSettings(method, bits, tiny.GROUP, selector.parse(part), SAMPLES, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def make(
+    models: dict[str, ModelFolder], data: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Make:
+    """Make a checkpoint of a family by a method at a width, or give the one made before."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    done: dict[tuple[str, str, int], Made] = {}
+
+    def one(family: str, method: str, bits: int) -> Made:
+        key = (family, method, bits)
+        if key not in done:
+            out = root / f"{family}-{method}-{bits}"
+            chosen = settings(family, method, bits)
+            record = quantize(models[family], chosen, data, out, resume=False, progress=silent)
+            done[key] = Made(out, record)
+        return done[key]
+
+    return one
