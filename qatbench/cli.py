@@ -5,6 +5,7 @@ Stages are imported inside the commands: `--help` and usage errors never wait fo
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -15,18 +16,29 @@ import typer
 from qatbench import __version__
 from qatbench.cli_make import quantize_command, train_command
 from qatbench.cli_options import (
+    Arms,
+    BatchSize,
     Data,
     Device,
+    Dtype,
     Jobs,
     Json,
+    Limit,
+    Model,
     Out,
+    Protocols,
+    Recipe,
+    Results,
     Resume,
+    SaveEvery,
     Seed,
+    Tasks,
     data_paths,
     protocols_of,
+    same_options,
     worker_options,
 )
-from qatbench.cli_show import comparison_result, metric_row, worst_drop
+from qatbench.cli_show import comparison_result, dry_run_result, metric_row, worst_drop
 from qatbench.errors import QatbenchError, UsageError
 from qatbench.ui import Ui, report_error, table
 
@@ -54,24 +66,16 @@ app.command("train-qat")(train_command)
 
 @app.command("eval")
 def eval_command(
-    model: Annotated[str, typer.Argument(help="Hub id, folder or built-in name.")],
-    task: Annotated[
-        list[str], typer.Option("--task", help="TASK[:SPLIT[:text|image]]. Repeatable.")
-    ],
+    model: Model,
+    task: Tasks,
     out: Out,
-    protocol: Annotated[
-        list[str] | None, typer.Option("--protocol", help="[TASK=]NAME. Repeatable.")
-    ] = None,
+    protocol: Protocols = None,
     mode: Annotated[
         Literal["options", "generate"], typer.Option(help="Score options, or write an answer.")
     ] = "options",
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="First N questions of a seeded order.")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Questions a batch; default: found.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    limit: Limit = None,
+    batch_size: BatchSize = None,
+    dtype: Dtype = None,
     kernel: Annotated[
         Literal["auto", "library", "dense"], typer.Option(help="How packed linears multiply.")
     ] = "auto",
@@ -146,29 +150,32 @@ def compare_command(
     )
     write(result, out)
     comparison_result(ui, result, out)
-    if max_drop is not None and worst_drop(result) * 100 > max_drop:
+    again = " ".join(map(str, runs))
+    ui.next_command(f"qatbench compare {again} --baseline {baseline} --max-drop 1.0   # a gate")
+    if max_drop is not None and worst_drop(result) * 100 > max_drop + 1e-9:
         ui.note(f"verdict: an arm is {worst_drop(result) * 100:.2f} points below the baseline")
         raise typer.Exit(1)
 
 
 @app.command("run")
 def run_command(
-    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
-    arm: Annotated[
-        list[str] | None, typer.Option("--arm", help="Only this arm. Repeatable.")
-    ] = None,
+    recipe: Recipe,
+    arm: Arms = None,
     seed: Annotated[
         list[int] | None, typer.Option("--seed", help="Only this seed. Repeatable.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask N questions only.")] = None,
+    limit: Limit = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what is missing and its cost.")
     ] = False,
-    out: Annotated[Path, typer.Option("--out", help="Results folder.")] = Path("results"),
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 50,
+    out: Results = Path("results"),
+    batch_size: BatchSize = None,
+    dtype: Dtype = None,
+    save_every: SaveEvery = 50,
     jobs: Jobs = 1,
     data: Data = None,
     device: Device = None,
+    resume: Resume = True,
     as_json: Json = False,
 ) -> None:
     """Run a whole recipe: make and evaluate what is missing, then compare. Resumes by itself.
@@ -180,16 +187,16 @@ def run_command(
     from qatbench.tasks import selector
 
     ui = Ui(as_json=as_json)
+    if not resume:
+        raise UsageError("run always goes on where it stopped", hint="delete its results folder")
     checked = load_recipe(recipe, check_grid)
     tasks = sorted({selector.parse(text).task for text in checked.data.eval})
     paths = data_paths(data, tasks)
     if dry_run:
         from qatbench.stages.dry_run import dry_run as look
 
-        found = look(checked, out, paths, device or "cpu")
-        rows = [{k: "-" if v is None else str(v) for k, v in row.items()} for row in found["units"]]
-        ui.result(found, [table(f"{checked.name}: estimates", rows), *found["missing"]])
-        return
+        only = {"arms": arm or [], "seeds": seed or [], "limit": limit}
+        return dry_run_result(ui, look(checked, out, paths, device or "cpu", **only))
     from qatbench.stages.plan import Plan
     from qatbench.stages.run import jobs_of, run
     from qatbench.stages.workers import run_jobs
@@ -197,9 +204,11 @@ def run_command(
     with ui.progress() as progress:
         progress("Reading models and data", 0, 0)
         plan = Plan(checked, out, paths=paths, limit=limit, device=device)
+        plan.answer_with(dtype=dtype, batch_size=batch_size)
         if jobs > 1:
-            shared = worker_options(recipe, out, data, device)
-            shared += ["--save-every", str(save_every), *(["--limit", str(limit)] if limit else [])]
+            same = {"save_every": save_every, "limit": limit}
+            same |= {"dtype": dtype, "batch_size": batch_size}
+            shared = [*worker_options(recipe, out, data, device), *same_options(**same)]
             parts = jobs_of(plan, arm or [], seed or [], ["run", *shared])
             run_jobs(parts, jobs, plan.root / "logs", progress)
         result = run(plan, arm or [], seeds=seed or [], progress=progress, save_every=save_every)
@@ -212,14 +221,12 @@ def run_command(
 
 @app.command("tune")
 def tune_command(
-    recipe: Annotated[Path, typer.Argument(help="A recipe with a `tuning` section.")],
-    arm: Annotated[
-        list[str] | None, typer.Option("--arm", help="Only this arm. Repeatable.")
-    ] = None,
+    recipe: Recipe,
+    arm: Arms = None,
     fold: Annotated[
         list[int] | None, typer.Option("--fold", help="Only this fold. Repeatable.")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Results folder.")] = Path("results"),
+    out: Results = Path("results"),
     jobs: Jobs = 1,
     data: Data = None,
     device: Device = None,
@@ -253,22 +260,27 @@ def tune_command(
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; exit codes as in the README."""
     try:
-        code = app(argv, standalone_mode=False)
+        code = app(argv, standalone_mode=False, prog_name="qatbench")
+        sys.stdout.flush()
     except QatbenchError as error:
         report_error(error)
         code = error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted\nhint: the same command with --resume goes on\n")
+    except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except typer.Abort:
-        code = 130
+    except SystemExit:  # click's only use of it: the reader of our output went away
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the interpreter's last flush
+        code = 0
     except Exception as error:  # noqa: BLE001 - the last stop: a usage error of click, or a bug
         code = _other(error)
+    if code == 130:
+        sys.stderr.write("error: interrupted\nhint: the same command, with --resume, goes on\n")
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _other(error: Exception) -> int:
     """Usage errors of click in our two lines (exit 2); anything else is a bug (exit 70)."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return 2
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         where = getattr(getattr(error, "ctx", None), "command_path", "qatbench")
         sys.stderr.write(f"error: {error.format_message()}\nhint: {where} --help\n")

@@ -6,21 +6,40 @@ from typing import Annotated, Literal
 
 import typer
 
-from qatbench.cli_options import Data, Device, Json, Out, Resume, Seed, data_paths
+from qatbench.cli_options import (
+    BatchSize,
+    Bits,
+    Data,
+    Device,
+    Dtype,
+    Formats,
+    GroupSize,
+    Json,
+    Limit,
+    Model,
+    Out,
+    Resume,
+    SaveEvery,
+    Seed,
+    data_paths,
+)
 from qatbench.cli_show import checkpoint_result
 from qatbench.errors import UsageError
 from qatbench.ui import Ui
 
 
 def quantize_command(
-    model: Annotated[str, typer.Argument(help="Hub id, folder or built-in name.")],
+    model: Model,
     out: Out,
     method: Annotated[Literal["rtn", "gptq", "awq"], typer.Option(help="PTQ method.")] = "rtn",
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Weights a scale; -1: a whole row.")] = 128,
+    bits: Bits = 4,
+    group_size: GroupSize = 128,
     calib: Annotated[str | None, typer.Option(help="TASK:SPLIT[:text|image].")] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     protocol: Annotated[str, typer.Option(help="Form of the calibration prompts.")] = "qatbench",
+    limit: Limit = None,
+    batch_size: BatchSize = None,
+    dtype: Dtype = None,
     data: Data = None,
     seed: Seed = 0,
     device: Device = None,
@@ -40,34 +59,35 @@ def quantize_command(
     Grid(bits, group_size)
     protocols.get(protocol)
     chosen = selector.parse(calib) if calib else None
-    settings = QuantizeSettings(method, bits, group_size, chosen, samples, protocol, seed, device)
-    paths = data_paths(data, [chosen.task] if chosen else [])
+    settings = QuantizeSettings(
+        method, bits, group_size, chosen, min(samples, limit or samples), protocol, seed, device,
+        dtype, batch_size,
+    )  # fmt: skip
+    paths = data_paths(data, [chosen.task]) if chosen else {}
     with ui.progress() as progress:
         record = quantize(find(model), settings, paths, out, resume=resume, progress=progress)
     checkpoint_result(ui, record, out)
 
 
 def train_command(
-    student: Annotated[str, typer.Argument(help="Hub id, folder or built-in name.")],
+    student: Model,
     out: Out,
     train: Annotated[str, typer.Option(help="TASK:SPLIT[:text|image].")],
     method: Annotated[Literal["grace", "qat", "kd", "sft"], typer.Option()] = "grace",
     teacher: Annotated[
         str | None, typer.Option(help="Frozen model with the same tokenizer.")
     ] = None,
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Weights a scale; -1: a whole row.")] = 128,
+    bits: Bits = 4,
+    group_size: GroupSize = 128,
     steps: Annotated[int, typer.Option(min=1)] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples an optimizer step.")] = 64,
     micro_batch_size: Annotated[int, typer.Option(min=1, help="Samples a forward.")] = 16,
     lr: Annotated[float, typer.Option(help="Peak learning rate of weights.")] = 1e-4,
     scale_lr: Annotated[float, typer.Option(help="Peak learning rate of log-scales.")] = 1e-3,
-    formats: Annotated[
-        list[str] | None,
-        typer.Option("--format", help="Prompt format: a protocol or `choices`. Repeatable."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use N questions of the split.")] = None,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between saved states.")] = 50,
+    formats: Formats = None,
+    limit: Limit = None,
+    save_every: SaveEvery = 50,
+    dtype: Dtype = None,
     data: Data = None,
     seed: Seed = 0,
     device: Device = None,
@@ -79,8 +99,7 @@ def train_command(
     Example: qatbench train-qat smollm2-135m --method qat --group-size 64 --steps 20
     --train scienceqa:train --data mini --out out/qat
     """
-    from qatbench.stages.train import TrainRequest, training_questions
-    from qatbench.stages.train import train as run_training
+    from qatbench.stages import train as stage
     from qatbench.stages.train_settings import TrainSettings
     from qatbench.tasks import selector
     from qatbench.vlm.load import find
@@ -102,11 +121,11 @@ def train_command(
         seed=seed,
     )
     folder = find(student)
-    rows = training_questions(chosen, data_paths(data, [chosen.task]))
+    rows = stage.training_questions(chosen, data_paths(data, [chosen.task]))
     rows = selector.limit(rows, limit, seed) if limit else rows
-    request = TrainRequest(
-        settings, folder, find(teacher) if teacher else None, rows, device, save_every
+    request = stage.TrainRequest(
+        settings, folder, find(teacher) if teacher else None, rows, device, save_every, dtype
     )
     with ui.progress() as progress:
-        record = run_training(request, out, resume=resume, progress=progress)
+        record = stage.train(request, out, resume=resume, progress=progress)
     checkpoint_result(ui, record, out)

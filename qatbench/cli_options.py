@@ -18,6 +18,22 @@ Data = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="First N questions of a seeded order.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Questions a batch; default: found.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: found.")]
+Bits = Annotated[int, typer.Option(help="2, 3, 4 or 8.")]
+GroupSize = Annotated[int, typer.Option(help="Weights a scale; -1: a whole row.")]
+SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between saved states.")]
+Model = Annotated[str, typer.Argument(help="Hub id, folder or built-in name.")]
+Tasks = Annotated[list[str], typer.Option("--task", help="TASK[:SPLIT[:text|image]]. Repeatable.")]
+Protocols = Annotated[list[str] | None, typer.Option("--protocol", help="[TASK=]NAME. Repeatable.")]
+Formats = Annotated[
+    list[str] | None,
+    typer.Option("--format", help="Prompt format: a protocol or `choices`. Repeatable."),
+]
+Recipe = Annotated[Path, typer.Argument(help="A recipe (YAML).")]
+Arms = Annotated[list[str] | None, typer.Option("--arm", help="Only this arm. Repeatable.")]
+Results = Annotated[Path, typer.Option("--out", help="Results folder.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Worker processes: parts run side by side.")]
 
 
@@ -26,6 +42,11 @@ def data_paths(data: list[str] | None, tasks: list[str]) -> dict[str, str]:
     paths: dict[str, str] = {}
     for item in data or []:
         name, sign, path = item.partition("=")
+        if sign and name not in tasks:
+            raise UsageError(
+                f"--data {item}: no task {name!r} is asked for",
+                hint=f"tasks: {', '.join(sorted(set(tasks))) or 'none'}",
+            )
         if sign:
             paths[name] = path
         elif len(set(tasks)) == 1:
@@ -44,6 +65,12 @@ def worker_options(
     return options + (["--device", device] if device else [])
 
 
+def same_options(**values: object) -> list[str]:
+    """--name value for each value that was given."""
+    pairs = ((f"--{name.replace('_', '-')}", value) for name, value in values.items())
+    return [part for name, value in pairs if value is not None for part in (name, str(value))]
+
+
 def protocols_of(given: list[str] | None, tasks: list[str]) -> dict[str, str]:
     """--protocol [TASK=]NAME for each task asked; default `qatbench`.
 
@@ -56,7 +83,10 @@ def protocols_of(given: list[str] | None, tasks: list[str]) -> dict[str, str]:
         name, sign, protocol = item.partition("=")
         for task in [name] if sign else tasks:
             if task not in chosen:
-                raise UsageError(f"--protocol {item}: no task {task!r} was asked for")
+                raise UsageError(
+                    f"--protocol {item}: no task {task!r} was asked for",
+                    hint=f"tasks: {', '.join(tasks)}",
+                )
             chosen[task] = protocol if sign else item
     for name in chosen.values():
         protocols.get(name)

@@ -31,6 +31,13 @@ def checkpoint_result(ui: Ui, record: dict[str, Any], out: Path) -> None:
     ui.next_command(f"qatbench eval {out} --task scienceqa:test:text --out RUN")
 
 
+def dry_run_result(ui: Ui, found: dict[str, Any]) -> None:
+    """Show what a run would do."""
+    rows = [{k: "-" if v is None else str(v) for k, v in row.items()} for row in found["units"]]
+    missing = [f"missing: {what}" for what in found["missing"]]
+    ui.result(found, [table(f"{found['recipe']}: estimates", rows), *missing])
+
+
 def metric_row(item: dict[str, Any]) -> dict[str, str]:
     """One task of metrics.json as a row."""
     overall = item["overall"]

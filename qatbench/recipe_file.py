@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from qatbench.errors import QatbenchError, RecipeError
 from qatbench.recipe import NAME, QUANTIZED, TAUGHT, TRAINED, Arm, ArmRef, GridSpec, Recipe
 
+HINT = "docs/recipes.md shows every key"
 GridCheck = Callable[[str, int, int], list[str]]
 """(model name, bits, group size) -> problems; raises QatbenchError when the model is not there."""
 
@@ -26,22 +28,61 @@ def load_recipe(path: Path, check_grid: GridCheck | None = None) -> Recipe:
     lines = _Lines(path, text)
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         where = getattr(error, "problem_mark", None)
         at = f":{where.line + 1}" if where else ""
-        raise RecipeError(f"{path}{at}: not YAML: {getattr(error, 'problem', error)}") from error
+        raise RecipeError(
+            f"{path}{at}: not YAML: {getattr(error, 'problem', None) or error}",
+            hint="look at the line before, too",
+        ) from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
-    try:
-        recipe = Recipe.model_validate(content)
-    except ValidationError as error:
-        problems = [lines.say(item["loc"], item["msg"]) for item in error.errors()]
-        problems += _loose_problems(content, lines, check_grid)
-        raise RecipeError("\n".join(dict.fromkeys(problems)), hint="see docs/recipes.md") from error
-    problems = [*_graph_problems(recipe, lines), *_grid_problems(recipe, lines, check_grid)]
-    if problems:
-        raise RecipeError("\n".join(problems), hint="see docs/recipes.md")
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values", hint=HINT)
+    recipe, problems, touched = _validated(content, lines)
+    if recipe is not None:
+        known = set(content["arms"]) if isinstance(content.get("arms"), dict) else set()
+        problems += _graph_problems(recipe, lines, known)
+        problems += _grid_problems(recipe, lines, check_grid, touched)
+    problems = lines.repeated + problems
+    if recipe is None or problems:
+        raise RecipeError("\n".join(dict.fromkeys(problems)), hint=HINT)
     return recipe
+
+
+def _validated(
+    content: dict[str, Any], lines: _Lines
+) -> tuple[Recipe | None, list[str], set[tuple[str, ...]]]:
+    """The recipe and what its schema says against it.
+
+    What is wrong is left out and the rest validated again, so that a misspelled key does not hide
+    an arm that is missing: the recipe returned then serves for looking for further problems only.
+    The third value holds the sections that something was left out of.
+    """
+    try:
+        return Recipe.model_validate(content), [], set()
+    except ValidationError as error:
+        found = error.errors()
+    problems = [lines.say(item["loc"], item["msg"]) for item in found]
+    rest = copy.deepcopy(content)
+    for item in found:
+        _leave_out(rest, item["loc"])
+    try:
+        touched = {tuple(map(str, item["loc"][:-1])) for item in found}
+        return Recipe.model_validate(rest), problems, touched
+    except ValidationError:
+        return None, problems, set()
+
+
+def _leave_out(content: dict[str, Any], where: tuple[Any, ...]) -> None:
+    """Delete the key that an error is about; an arm without a usable kind goes as a whole."""
+    if len(where) == 3 and where[0] == "arms" and where[2] == "kind":
+        where = where[:2]
+    for key in where[:-1]:
+        inner = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(inner, dict):
+            content.pop(key, None)
+            return
+        content = inner
+    content.pop(where[-1], None)
 
 
 def _read(path: Path) -> str:
@@ -61,6 +102,7 @@ class _Lines:
     def __init__(self, path: Path, text: str) -> None:
         self.path = path
         self.found: dict[tuple[str, ...], int] = {}
+        self.repeated: list[str] = []
         try:
             self._walk(yaml.compose(text, Loader=yaml.SafeLoader), ())
         except yaml.YAMLError:
@@ -70,7 +112,11 @@ class _Lines:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 here = (*at, str(key.value))
-                self.found[here] = key.start_mark.line + 1
+                line = key.start_mark.line + 1
+                if here in self.found:
+                    name = ".".join(here)
+                    self.repeated.append(f"{self.path}:{line}: {name}: stands here a second time")
+                self.found[here] = line
                 self._walk(value, here)
 
     def say(self, where: tuple[Any, ...], what: str) -> str:
@@ -81,25 +127,25 @@ class _Lines:
         return f"{self.path}:{line}: {'.'.join(keys)}: {what[:1].lower() + what[1:]}"
 
 
-def _graph_problems(recipe: Recipe, lines: _Lines) -> list[str]:
+def _graph_problems(recipe: Recipe, lines: _Lines, known: set[str]) -> list[str]:
     problems = []
     arms = recipe.arms
     for name, arm in arms.items():
-        problems += _arm_problems(recipe, name, arm, lines)
-    if recipe.baseline and recipe.baseline not in arms:
+        problems += _arm_problems(recipe, name, arm, lines, known)
+    if recipe.baseline and recipe.baseline not in known:
         problems.append(lines.say(("baseline",), f"no arm {recipe.baseline!r}"))
-    if isinstance(recipe.teacher, ArmRef) and recipe.teacher.arm not in arms:
+    if isinstance(recipe.teacher, ArmRef) and recipe.teacher.arm not in known:
         problems.append(lines.say(("teacher", "arm"), f"no arm {recipe.teacher.arm!r}"))
     return problems or _cycles(recipe, lines)
 
 
-def _arm_problems(recipe: Recipe, name: str, arm: Arm, lines: _Lines) -> list[str]:
+def _arm_problems(recipe: Recipe, name: str, arm: Arm, lines: _Lines, known: set[str]) -> list[str]:
     found: list[tuple[str, str]] = []
     if not _is_name(name):
         found.append(("", "an arm's name is letters, digits, '.', '_' and '-'"))
-    if arm.of is not None and arm.of not in recipe.arms:
+    if arm.of is not None and arm.of not in known:
         found.append(("of", f"no arm {arm.of!r}; there are {', '.join(recipe.arms)}"))
-    elif arm.of is not None and recipe.arms[arm.of].kind in QUANTIZED:
+    elif arm.of in recipe.arms and recipe.arms[arm.of].kind in QUANTIZED:
         found.append(("of", f"{arm.of!r} is quantized already"))
     if arm.kind == "base" and arm.of:
         found.append(("of", "a base arm is the student itself"))
@@ -128,48 +174,37 @@ def _is_name(name: str) -> bool:
 
 
 def _cycles(recipe: Recipe, lines: _Lines) -> list[str]:
+    def circle(path: list[str]) -> list[str]:
+        for other in recipe.needs(path[-1]) if path[-1] in recipe.arms else []:
+            if other == path[0]:
+                return [*path, other]
+            found = circle([*path, other]) if other not in path else []
+            if found:
+                return found
+        return []
+
     for name in recipe.arms:
-        trail, todo = [name], recipe.needs(name)
-        seen: set[str] = set()
-        while todo:
-            other = todo.pop()
-            if other == name:
-                circle = " -> ".join([*trail, name])
-                return [lines.say(("arms", name), f"is made from itself: {circle}")]
-            if other not in seen:
-                seen.add(other)
-                trail.append(other)
-                todo += recipe.needs(other)
+        found = circle([name])
+        if found:
+            return [lines.say(("arms", name), f"is made from itself: {' -> '.join(found)}")]
     return []
 
 
-def _grid_problems(recipe: Recipe, lines: _Lines, check: GridCheck | None) -> list[str]:
+def _grid_problems(
+    recipe: Recipe, lines: _Lines, check: GridCheck | None, touched: set[tuple[str, ...]]
+) -> list[str]:
+    """Grids that do not fit the student; a group size that was left out as wrong is not judged."""
     pairs: list[tuple[tuple[str, ...], GridSpec]] = [
         (("arms", name, "grid") if arm.grid else ("grid",), recipe.grid_of(arm))
         for name, arm in recipe.arms.items()
         if arm.kind in QUANTIZED
     ]
+    pairs = [
+        (where, grid)
+        for where, grid in pairs
+        if where not in touched or "group_size" in grid.model_fields_set
+    ]
     return _check_grids(recipe.student, pairs, lines, check)
-
-
-def _loose_problems(
-    content: Mapping[str, Any], lines: _Lines, check: GridCheck | None
-) -> list[str]:
-    """Grid problems of a file that has other problems too, so that all are told at once."""
-    pairs: list[tuple[tuple[str, ...], GridSpec]] = []
-    places: list[tuple[tuple[str, ...], Any]] = [(("grid",), content.get("grid"))]
-    arms = content.get("arms")
-    for name, arm in (arms if isinstance(arms, dict) else {}).items():
-        if isinstance(arm, dict):
-            places.append((("arms", str(name), "grid"), arm.get("grid")))
-    for where, raw in places:
-        try:
-            if isinstance(raw, dict):
-                pairs.append((where, GridSpec.model_validate(raw)))
-        except ValidationError:
-            continue
-    student = content.get("student")
-    return _check_grids(student, pairs, lines, check) if isinstance(student, str) else []
 
 
 def _check_grids(

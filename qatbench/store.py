@@ -96,7 +96,12 @@ def read_predictions(path: Path, *, torn_tail: bool = False) -> list[Prediction]
     Raises: ArtifactError naming file and line on any other damage.
     """
     rows: list[Prediction] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot read {path}: {error.strerror}", hint="delete its folder and evaluate again"
+        ) from error
     for number, line in enumerate(lines, start=1):
         if not line and number == len(lines):
             break
@@ -207,7 +212,8 @@ class RunFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _differences(self, found: Mapping[str, Any]) -> str:
-        theirs, ours = _flat(found.get("spec", {})), _flat(self.spec)
+        here = json.loads(json.dumps(self.spec))  # as it would be read back
+        theirs, ours = _flat(found.get("spec", {})), _flat(here)
         names = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
         told = [f"{k} {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in names[:4]]
         if found.get("stage") != self.stage:

@@ -47,7 +47,7 @@ class Ui:
             sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
             return
         for table in tables:
-            self._out.print(table)
+            self._out.print(table, markup=False, soft_wrap=isinstance(table, str))
 
     def next_command(self, text: str) -> None:
         """Name the command that usually follows."""

@@ -143,20 +143,11 @@ def test_help_of_every_verb(qatbench: Qatbench, monkeypatch: pytest.MonkeyPatch,
 
 
 LONG_VERB_FLAGS = ("--batch-size", "--device", "--dtype", "--resume", "--json")
-MISSING_FLAGS = {
-    ("quantize", "--batch-size"),
-    ("quantize", "--dtype"),
-    ("train-qat", "--dtype"),
-    ("run", "--batch-size"),
-    ("run", "--dtype"),
-    ("run", "--resume"),
-}
 
 
 def flags_of_long_verbs() -> list[Any]:
-    missing = pytest.mark.xfail(strict=True, reason="DESIGN 7: every long verb has this flag")
     return [
-        pytest.param(verb, flag, marks=missing if (verb, flag) in MISSING_FLAGS else ())
+        (verb, flag)
         for verb in ("quantize", "train-qat", "eval", "run")
         for flag in LONG_VERB_FLAGS
     ]
@@ -174,7 +165,6 @@ def test_version(qatbench: Qatbench) -> None:
     assert qatbench("--version") == Ended(0, f"{__version__}\n", "")
 
 
-@pytest.mark.xfail(strict=True, reason="an empty `error: ` line follows the help")
 def test_no_arguments_is_help_without_an_empty_error(qatbench: Qatbench) -> None:
     ended = qatbench()
     assert "quantize" in ended.out + ended.err
@@ -230,7 +220,6 @@ def test_usage_errors_are_two_lines_and_exit_2(
     assert not list(Path().iterdir())
 
 
-@pytest.mark.xfail(strict=True, reason="`no task ... was asked for` comes without a hint")
 def test_a_protocol_for_another_task_is_told_with_a_hint(qatbench: Qatbench) -> None:
     flags = ("--task", "scienceqa", "--out", "x", "--protocol", "mmbench=llava-sqa")
     assert "mmbench" in qatbench("eval", "m", *flags).error_and_hint[0]
@@ -267,9 +256,6 @@ def test_data_without_a_task_needs_one_where_there_are_two(
     assert ended.error_and_hint == ("--data mini: which task?", "--data TASK=PATH")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="--data for a task that is not asked for is dropped silently"
-)
 def test_data_for_another_task_is_a_usage_error() -> None:
     with pytest.raises(errors.UsageError, match="sciencqa"):
         data_paths(["sciencqa=DIR"], ["scienceqa"])
@@ -278,14 +264,8 @@ def test_data_for_another_task_is_a_usage_error() -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(
-            ("--dtype", "float99"),
-            marks=pytest.mark.xfail(strict=True, reason="--dtype is read after begin()"),
-        ),
-        pytest.param(
-            ("--dtype", "float99", "--limit", "1"),
-            marks=pytest.mark.xfail(strict=True, reason="--dtype is read after begin()"),
-        ),
+        ("--dtype", "float99"),
+        ("--dtype", "float99", "--limit", "1"),
         ("--protocol", "bogus"),
     ],
 )
@@ -358,16 +338,12 @@ def test_ctrl_c_is_130_without_a_traceback(
     assert ended.out == ""
 
 
-@pytest.mark.xfail(strict=True, reason="typer ends with 130 by itself: nothing is said")
 def test_ctrl_c_says_so(qatbench: Qatbench, monkeypatch: pytest.MonkeyPatch) -> None:
     stop(monkeypatch, KeyboardInterrupt())
     lines = qatbench("compare", "a", "--baseline", "b").err.splitlines()
     assert "error: interrupted" in lines
 
 
-@pytest.mark.xfail(
-    strict=True, reason="typer makes EPIPE exit 1, which here means a failed verdict"
-)
 def test_a_closed_pipe_is_no_verdict(qatbench: Qatbench, monkeypatch: pytest.MonkeyPatch) -> None:
     stop(monkeypatch, BrokenPipeError(32, "Broken pipe"))
     assert qatbench("compare", "a", "--baseline", "b").code != 1
@@ -456,12 +432,7 @@ def test_compare_of_runs_that_are_not_there_is_exit_3(qatbench: Qatbench) -> Non
         (85, 6, 0),
         (90, 0, 0),
         (95, 0, 0),  # above is no drop
-        pytest.param(
-            83,
-            7,
-            0,
-            marks=pytest.mark.xfail(strict=True, reason="7 points: 100 * 0.07 > 7 in binary"),
-        ),
+        (83, 7, 0),  # 100 * 0.07 > 7 in binary
     ],
 )
 def test_max_drop_is_exit_1_when_an_arm_is_further_below(
@@ -489,7 +460,6 @@ def test_the_table_is_for_people(qatbench: Qatbench) -> None:
     assert "report: c/report.md" in ended.out
 
 
-@pytest.mark.xfail(strict=True, reason="rich wraps and reads markup in the lines under a table")
 def test_a_path_is_printed_as_it_is(qatbench: Qatbench) -> None:
     for arm in ("base", "arm"):
         write_run(Path("r") / arm, predictions([1, 1, 0, 1]))
@@ -498,7 +468,6 @@ def test_a_path_is_printed_as_it_is(qatbench: Qatbench) -> None:
     assert f"report: {out}/report.md\n" in ended.out
 
 
-@pytest.mark.xfail(strict=True, reason="DESIGN 1: every verb ends by naming the next command")
 def test_compare_names_the_next_command(qatbench: Qatbench) -> None:
     for arm in ("base", "arm"):
         write_run(Path("r") / arm, predictions([1, 1, 0, 1]))
@@ -608,20 +577,17 @@ def test_dry_run_without_the_student_is_an_error(qatbench: Qatbench) -> None:
     assert ended.out == ""
 
 
-@pytest.mark.xfail(strict=True, reason="--dry-run does not look at --arm")
 def test_dry_run_of_one_arm(qatbench: Qatbench) -> None:
     units = [row["unit"] for row in dry(qatbench, "--arm", "qat")["units"]]
     assert units == ["qat/seed-0", "qat/seed-1"]
 
 
-@pytest.mark.xfail(strict=True, reason="--dry-run does not look at --seed")
 def test_dry_run_of_one_seed(qatbench: Qatbench) -> None:
     units = [row["unit"] for row in dry(qatbench, "--seed", 1)["units"]]
     assert "qat/seed-1" in units
     assert "qat/seed-0" not in units
 
 
-@pytest.mark.xfail(strict=True, reason="--dry-run does not look at --limit")
 def test_dry_run_with_a_limit_costs_less(qatbench: Qatbench) -> None:
     whole, part = dry(qatbench), dry(qatbench, "--limit", 10)
     assert part["units"][0]["seconds"] < whole["units"][0]["seconds"] / 100

@@ -55,11 +55,6 @@ SLOW = FRAMEWORKS | {"scipy", "datasets", "pandas", "matplotlib", "huggingface_h
 LONGEST_FILE = 320
 LONGEST_FUNCTION = 60
 LONG_FILES: set[str] = set()
-LONG_FUNCTIONS = {
-    ("tasks/protocols.py", "_table"),
-    ("cli.py", "eval_command"),
-    ("cli_make.py", "train_command"),
-}
 
 
 def name_of(path: Path) -> str:
@@ -253,13 +248,7 @@ def test_files_are_short(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
 def test_functions_are_short(path: Path) -> None:
-    long = [(name, n) for name, n in long_ones(path) if (ids(path), name) not in LONG_FUNCTIONS]
-    assert not long
-
-
-@pytest.mark.xfail(strict=True, reason=f"over {LONGEST_FUNCTION} lines: {LONG_FUNCTIONS}")
-def test_no_function_is_excused() -> None:
-    assert not [long for path in FILES for long in long_ones(path)]
+    assert not long_ones(path)
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.name != "ui.py"], ids=ids)

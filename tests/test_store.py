@@ -222,9 +222,6 @@ def test_other_settings_are_named(
     assert names(folder.path) == before
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_differences compares a tuple with the list JSON made of it"
-)
 def test_an_equal_tuple_is_not_named_as_different(tmp_path: Path) -> None:
     spec = {"bits": 4, "formats": ("qatbench",)}
     RunFolder(tmp_path / "run", "train", spec).begin(resume=False)
@@ -327,9 +324,6 @@ def test_a_whole_but_wrong_last_line_is_not_torn(tmp_path: Path) -> None:
         store.read_predictions(path, torn_tail=True)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="errors='replace' turns a damaged byte into U+FFFD and goes on"
-)
 def test_a_byte_that_is_no_text_is_damage(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(line(10).encode().replace(b'"10"', b'"1\xff"') + f"\n{line(2)}\n".encode())
@@ -337,11 +331,6 @@ def test_a_byte_that_is_no_text_is_damage(tmp_path: Path) -> None:
         store.read_predictions(path)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=FileNotFoundError,
-    reason="a finished folder whose predictions are gone ends as a bug (70), not as damage (4)",
-)
 def test_predictions_that_are_gone_are_damage(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"p\.jsonl"):
         store.read_predictions(tmp_path / "p.jsonl")

@@ -159,7 +159,9 @@ def save_questions(
         for i in range(text):
             name, answer = list(ANIMALS.items())[i % 3]
             choices = list(ANIMALS.values()) + (["a lizard"] if i % 2 else [])
-            row = _row(split, f"Which animal is the {name}? {i}", choices, choices.index(answer))
+            more = "Select the best answer. " * (i % 3)  # prompts of several lengths
+            question = f"{more}Which animal is the {name}? {i}"
+            row = _row(split, question, choices, choices.index(answer))
             splits[split].append(f"{split}-t{i}")
             problems[splits[split][-1]] = row
         for i in range(images):

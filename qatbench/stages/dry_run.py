@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qatbench import store
+from qatbench.errors import UsageError
 from qatbench.recipe import TRAINED, Arm, Recipe
 from qatbench.stages.grid_check import peek
 from qatbench.vlm import layout
@@ -18,18 +19,35 @@ TOKENS_PER_SAMPLE = 100
 GIB = 2**30
 
 
-def dry_run(recipe: Recipe, results: Path, paths: Mapping[str, str], device: str) -> dict[str, Any]:
+def dry_run(
+    recipe: Recipe,
+    results: Path,
+    paths: Mapping[str, str],
+    device: str,
+    *,
+    arms: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    limit: int | None = None,
+) -> dict[str, Any]:
     """One row a unit (arm and seed): state, and estimates of what is missing.
+
+    `arms`, `seeds` and `limit` narrow it down as they narrow the run.
 
     Returns: `units` (unit, evaluated, checkpoint, seconds, memory_gib, disk_gib) and `missing`
         (data folders that are not there). Estimates are None for a model only the hub knows.
+    Raises: UsageError for an unknown arm.
     """
+    unknown = [name for name in arms if name not in recipe.arms]
+    if unknown:
+        raise UsageError(f"no arm {unknown[0]!r}", hint=f"arms: {', '.join(recipe.arms)}")
     config = peek(recipe.student)
     weights = _weights(config) if config else None
     root = results / recipe.name
     units = []
     for name, arm in recipe.arms.items():
-        for seed in recipe.seeds_of(name):
+        for seed in recipe.seeds_of(name) if not arms or name in arms else ():
+            if seeds and seed is not None and seed not in seeds:
+                continue
             tail = [name] if seed is None else [name, f"seed-{seed}"]
             evaluated = (root.joinpath(*tail) / store.PROVENANCE).exists()
             made = (
@@ -37,7 +55,7 @@ def dry_run(recipe: Recipe, results: Path, paths: Mapping[str, str], device: str
                 or (root.joinpath("checkpoints", *tail) / store.PROVENANCE).exists()
             )
             row = {"unit": "/".join(tail), "evaluated": evaluated, "checkpoint": made}
-            units.append(row | _estimate(recipe, arm, weights, device, made or evaluated))
+            units.append(row | _estimate(recipe, arm, weights, device, made or evaluated, limit))
     places = recipe.data.paths | dict(paths)
     absent = [f"{task}: {path}" for task, path in places.items() if not _there(path)]
     return {"recipe": recipe.name, "device": device, "units": units, "missing": absent}
@@ -57,13 +75,13 @@ def _weights(config: Mapping[str, Any]) -> int:
 
 
 def _estimate(
-    recipe: Recipe, arm: Arm, weights: int | None, device: str, made: bool
+    recipe: Recipe, arm: Arm, weights: int | None, device: str, made: bool, limit: int | None
 ) -> dict[str, float | None]:
     if weights is None:
         return {"seconds": None, "memory_gib": None, "disk_gib": None}
     rate = FLOPS["cpu" if device == "cpu" else "cuda"]
-    limit = recipe.evaluation.limit or 4241
-    work = 2.0 * weights * TOKENS_PER_SAMPLE * limit
+    asked = limit or recipe.evaluation.limit or 4241
+    work = 2.0 * weights * TOKENS_PER_SAMPLE * asked
     memory, disk = 4.0 * weights, 0.0
     if not made and arm.kind in TRAINED:
         training = recipe.training_of(arm)

@@ -7,7 +7,7 @@ its checkpoint is not there any more, as in a fresh clone with committed results
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,11 @@ class Plan:
             seed=recipe.seed,
             device=device,
         )
+
+    def answer_with(self, *, dtype: str | None, batch_size: int | None) -> None:
+        """Evaluate in another dtype or batch size than the recipe and the device suggest."""
+        settings = replace(self.evaluation, batch_size=batch_size)
+        self.evaluation = replace(settings, dtype=dtype) if dtype else settings
 
     def units(self, arms: Sequence[str]) -> list[Unit]:
         """The units of the given arms."""

@@ -44,6 +44,8 @@ class QuantizeSettings:
     protocol: str = "qatbench"
     seed: int = 0
     device: str | None = None
+    dtype: str | None = None  # of weights and activations while calibrating; default float32
+    batch_size: int | None = None  # calibration samples at once; default 16, with images 1
 
     def spec(self, model: str, questions: Sequence[Question]) -> dict[str, Any]:
         """What decides the checkpoint; `model` is its fingerprint."""

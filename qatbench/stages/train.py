@@ -50,6 +50,7 @@ class TrainRequest:
     questions: Sequence[Question]
     device: str | None = None
     save_every: int = 50
+    dtype: str | None = None  # of activations and the teacher; default by device
 
 
 def training_questions(chosen: Selector, paths: Mapping[str, str]) -> list[Question]:
@@ -68,10 +69,11 @@ def train(request: TrainRequest, out: Path, *, resume: bool, progress: Progress)
         check_grid(request.student, settings.bits, settings.group_size)
     teacher_fp = request.teacher.fingerprint() if request.teacher else None
     spec = settings.spec(request.student.fingerprint(), teacher_fp, request.questions)
+    device = models.pick_device(request.device)
+    models.pick_dtype(request.dtype, device)
     folder = store.RunFolder(out, "train", spec)
     if folder.begin(resume=resume) is store.State.DONE:
         return store.read_json(out / store.PROVENANCE)
-    device = models.pick_device(request.device)
     progress("Loading the models", 0, 0)
     run = TrainingRun(request, device, out)
     run.fit(progress)
@@ -95,6 +97,7 @@ class TrainingRun:
     def __init__(self, request: TrainRequest, device: str, out: Path) -> None:
         self.request, self.settings, self.out = request, request.settings, out
         self.device = torch.device(device)
+        self.dtype = models.pick_dtype(request.dtype, device)
         torch.manual_seed(self.settings.seed)
         self.student = models.load(request.student, device=device, dtype=torch.float32)
         self.teacher = self._load_teacher(device)
@@ -115,8 +118,7 @@ class TrainingRun:
             raise PrerequisiteError(
                 f"{self.settings.method} needs a teacher", hint="--teacher MODEL"
             )
-        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        teacher = models.load(self.request.teacher, device=device, dtype=dtype)
+        teacher = models.load(self.request.teacher, device=device, dtype=self.dtype)
         if teacher.tokenizer.get_vocab() != self.student.tokenizer.get_vocab():
             raise UsageError(
                 f"{self.request.teacher.name} and {self.request.student.name} have different "
@@ -181,9 +183,8 @@ class TrainingRun:
         ):
             group["lr"] = base * factor
         rows = self.data.step(number, settings.batch_size)
-        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         batches = [
-            self.data.collate(rows[i : i + settings.micro_batch_size], self.device, dtype)
+            self.data.collate(rows[i : i + settings.micro_batch_size], self.device, torch.float32)
             for i in range(0, len(rows), settings.micro_batch_size)
         ]
         beta = self.controller.beta if settings.method == "grace" else 1.0
@@ -222,10 +223,10 @@ class TrainingRun:
         return Distillation(kl="none", rcka=False)
 
     def _autocast(self) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-        """bf16 on CUDA over fp32 weights, fp32 on the CPU."""
-        if self.device.type == "cpu":
+        """16-bit activations over fp32 weights where asked for: bf16 by default on CUDA."""
+        if self.dtype == torch.float32:
             return contextlib.nullcontext
-        return lambda: torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return lambda: torch.autocast(self.device.type, dtype=self.dtype)
 
     @staticmethod
     def _check(number: int, loss: StepLoss) -> None:

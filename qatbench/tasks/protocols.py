@@ -12,7 +12,7 @@ its own. For a template that ends in a newline the caller strips the space.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from qatbench.errors import UsageError
@@ -127,8 +127,18 @@ def _answer_sentence(question: Question, letter: str) -> str:
 # --- the table ----------------------------------------------------------------------------------
 
 
-def _table() -> Iterator[Protocol]:
-    yield Protocol(
+_LMMS = Protocol(
+    name="lmms-sqa",
+    reason="lmms-eval's tasks scienceqa and scienceqa_img as scored since 2025-07-04.",
+    prompt=_lmms_prompt,
+    extract=extract.lmms,
+    max_new_tokens=16,
+    shows_options=True,
+    continuation=_letter,
+)
+
+_TABLE = (
+    Protocol(
         name="qatbench",
         reason="Scores the text of each option after the bare question, so models too small to "
         "use letters are above chance too, and no response has to be parsed.",
@@ -137,8 +147,8 @@ def _table() -> Iterator[Protocol]:
         max_new_tokens=64,  # the longest ScienceQA options are whole sentences
         shows_options=False,
         continuation=_option_text,
-    )
-    yield Protocol(
+    ),
+    Protocol(
         name="llava-sqa",
         reason="LLaVA's model_vqa_science.py and eval_science_qa.py with --single-pred-prompt, the "
         "source of the ScienceQA-IMG figures in the LLaVA-1.5 papers.",
@@ -148,31 +158,22 @@ def _table() -> Iterator[Protocol]:
         shows_options=True,
         continuation=_letter,
         chat=VICUNA_V1,
-    )
-    lmms = Protocol(
-        name="lmms-sqa",
-        reason="lmms-eval's tasks scienceqa and scienceqa_img as scored since 2025-07-04.",
-        prompt=_lmms_prompt,
-        extract=extract.lmms,
-        max_new_tokens=16,
-        shows_options=True,
-        continuation=_letter,
-    )
-    yield lmms
-    yield replace(
-        lmms,
+    ),
+    _LMMS,
+    replace(
+        _LMMS,
         name="lmms-sqa@2024-07-30",
         reason="lmms-eval as scored from 2024-07-30 to 2025-07-03, when 'A. text' was wrong: about "
         "10 points lower than later figures for a model that answers so.",
         extract=extract.lmms_2024_07_30,
-    )
-    yield replace(
-        lmms,
+    ),
+    replace(
+        _LMMS,
         name="lmms-sqa@2024-01",
         reason="lmms-eval as scored before 2024-07-30, case-sensitive and without stripping.",
         extract=extract.lmms_2024_01,
-    )
-    yield Protocol(
+    ),
+    Protocol(
         name="grace-sqa",
         reason="GRACE's own evaluation/ScienceQA script; its parser takes the first letter of the "
         "upper-cased response that is on offer, so 'The answer is B' is A.",
@@ -181,8 +182,8 @@ def _table() -> Iterator[Protocol]:
         max_new_tokens=8,
         shows_options=True,
         continuation=_letter,
-    )
-    yield Protocol(
+    ),
+    Protocol(
         name="scienceqa-official",
         reason="The ScienceQA authors' GPT-3 script, input format QCM, here without its few-shot "
         "examples and captions; an unparsed response is counted as such, not drawn at random.",
@@ -191,7 +192,7 @@ def _table() -> Iterator[Protocol]:
         max_new_tokens=512,
         shows_options=True,
         continuation=_answer_sentence,
-    )
+    ),
+)
 
-
-_PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in _table()}
+_PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in _TABLE}

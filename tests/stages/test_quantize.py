@@ -1,0 +1,334 @@
+"""quantize: every method and width on both families, from data to a finished folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from conftest import SAMPLES, Make, settings
+from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.models.llava.modeling_llava import LlavaModel
+
+from qatbench import store
+from qatbench.errors import ArtifactError, NumericsError, PrerequisiteError, UsageError
+from qatbench.quant import backends
+from qatbench.quant.grid import Grid
+from qatbench.quant.result import Quantized, QuantizedLinear
+from qatbench.quant.rtn import round_to_nearest
+from qatbench.stages.common import silent
+from qatbench.stages.layer_error import compare_layers
+from qatbench.stages.quantize import calibration_batches, calibration_questions, quantize
+from qatbench.tasks import selector
+from qatbench.vlm import layout
+from qatbench.vlm.load import Loaded, ModelFolder, find, load
+
+GRID = Grid(4, tiny.GROUP)
+
+
+def loaded(folder: ModelFolder) -> Loaded:
+    return load(folder, device="cpu", dtype=torch.float32)
+
+
+def batches_for(family: str, model: Loaded, data: dict[str, str]) -> list[dict[str, Any]]:
+    questions = calibration_questions(settings(family, "gptq"), data)
+    return calibration_batches(model, questions, "qatbench")
+
+
+def solved(method: str, family: str, folder: ModelFolder, data: dict[str, str]) -> Quantized:
+    model = loaded(folder)
+    return backends.solve(
+        method,
+        folder.path,
+        list(layout.linear_shapes(folder.config)),
+        GRID,
+        batches_for(family, model, data),
+        device="cpu",
+        progress=lambda done, total: None,
+    )
+
+
+# --- the calibration data reach the model -------------------------------------------------------
+
+
+def test_calibration_samples_are_the_evaluation_prompt_with_its_right_answer(
+    models: dict[str, ModelFolder], data: dict[str, str]
+) -> None:
+    model = loaded(models["llava"])
+    questions = calibration_questions(settings("llava", "gptq"), data)
+    assert len(questions) == SAMPLES
+    assert {q.has_image for q in questions} == {True, False}
+    for question, inputs in zip(
+        questions, calibration_batches(model, questions, "qatbench"), strict=True
+    ):
+        assert ("pixel_values" in inputs) == question.has_image
+        assert inputs["input_ids"].shape == inputs["attention_mask"].shape
+        assert inputs["attention_mask"].all()
+        text = model.tokenizer.decode(inputs["input_ids"][0])
+        assert text.endswith(
+            f"{question.text}\nAnswer: ASSISTANT: {question.options[question.gold or '']}"
+        )
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_every_sample_and_image_reaches_the_library_unpadded(
+    method: str,
+    models: dict[str, ModelFolder],
+    data: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths: list[tuple[int, ...]] = []
+    pictures: list[torch.Tensor] = []
+    language, vision = LlamaModel.forward, LlavaModel.get_image_features
+
+    def listen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        lengths.append(tuple(kwargs["inputs_embeds"].shape[:2]))
+        return language(self, *args, **kwargs)
+
+    def look(self: Any, *args: Any, **kwargs: Any) -> Any:
+        pictures.append(kwargs["pixel_values"] if "pixel_values" in kwargs else args[0])
+        return vision(self, *args, **kwargs)
+
+    wanted = batches_for("llava", loaded(models["llava"]), data)
+    monkeypatch.setattr(LlamaModel, "forward", listen)
+    monkeypatch.setattr(LlavaModel, "get_image_features", look)
+    solved(method, "llava", models["llava"], data)
+
+    assert lengths == [tuple(batch["input_ids"].shape) for batch in wanted]
+    shown = [batch["pixel_values"] for batch in wanted if "pixel_values" in batch]
+    assert len(pictures) == len(shown) > 1
+    for got, sent in zip(pictures, shown, strict=True):
+        torch.testing.assert_close(got.float().cpu(), sent, rtol=0, atol=0)
+
+
+# --- what the solvers make ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["text", "llava"])
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_every_linear_is_quantized_and_only_awq_changes_norms(
+    method: str, family: str, models: dict[str, ModelFolder], data: dict[str, str]
+) -> None:
+    folder = models[family]
+    found = solved(method, family, folder, data)
+    assert set(found.linears) == set(layout.linear_shapes(folder.config))
+    inside = folder.arch.layers + "."
+    assert all(name.startswith(inside) and "norm" in name for name in found.changed)
+    assert len(found.changed) == (0 if method == "gptq" else 2 * tiny.LAYERS)
+    weights = loaded(folder).model.state_dict()
+    for name, linear in found.linears.items():
+        assert linear.symmetric == (method == "gptq")
+        if method == "gptq":  # AWQ also scales the columns
+            step = linear.scales.amax().item()
+            assert (linear.dense() - weights[f"{name}.weight"]).abs().mean() < step
+
+
+@torch.inference_mode()
+def layer_output(model: Loaded, index: int, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    """Input and output of one decoder layer in a forward of the whole model."""
+    caught: dict[str, torch.Tensor] = {}
+
+    def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        caught["in"] = args[0] if args else kwargs["hidden_states"]
+        caught["out"] = output[0] if isinstance(output, tuple) else output
+
+    layer = model.model.get_submodule(f"{model.arch.layers}.{index}")
+    handle = layer.register_forward_hook(hook, with_kwargs=True)
+    model.model(**inputs, use_cache=False)
+    handle.remove()
+    return caught["in"], caught["out"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_layer_errors_equal_those_of_a_model_with_one_layer_replaced(
+    method: str, models: dict[str, ModelFolder], data: dict[str, str]
+) -> None:
+    folder = models["llava"]
+    found, plain = solved(method, "llava", folder, data), loaded(folder)
+    batches = batches_for("llava", plain, data)
+    names = list(found.linears)
+    report = compare_layers(plain, found, names, GRID, batches)
+    rtn = round_to_nearest(plain.model, names, GRID, lambda done, total: None)
+
+    for kind, variant in (("method", found), ("rtn", rtn)):
+        for index in range(tiny.LAYERS):
+            other = loaded(folder)
+            own = f"{folder.arch.layers}.{index}."
+            state = {n: w for n, w in variant.weights().items() if n.startswith(own)}
+            assert len(state) >= 7
+            other.model.load_state_dict(state, strict=False)
+            error = size = 0.0
+            for inputs in batches:
+                entered, wanted = layer_output(plain, index, inputs)
+                _, got = layer_output(other, index, inputs)
+                error += (got - wanted).double().square().sum().item()
+                size += (wanted - entered).double().square().sum().item()
+            assert report[kind][index] == pytest.approx(error / size, rel=1e-3)  # 4 digits kept
+    assert report["samples"] == SAMPLES
+    pairs = zip(report["method"], report["rtn"], strict=True)
+    assert report["above_rtn"] == [i for i, (m, r) in enumerate(pairs) if m >= r]
+
+
+@pytest.mark.parametrize("family", ["text", "llava"])
+def test_gptq_beats_rtn_on_its_calibration_data(family: str, make: Make) -> None:
+    layers = make(family, "gptq", 4).record["figures"]["layers"]
+    assert layers["above_rtn"] == []
+    assert all(m < 0.8 * r for m, r in zip(layers["method"], layers["rtn"], strict=True))
+
+
+def test_fewer_bits_lose_more(make: Make) -> None:
+    errors = [make("llava", "gptq", bits).record["figures"]["layers"]["method"] for bits in (4, 3)]
+    assert sum(errors[1]) > 2 * sum(errors[0])
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def test_what_cannot_work_is_refused_before_a_folder_is_begun(
+    models: dict[str, ModelFolder], data: dict[str, str], make: Make, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def refuse(folder: ModelFolder, chosen: Any, kind: type[Exception], match: str) -> None:
+        with pytest.raises(kind, match=match):
+            quantize(folder, chosen, data, out, resume=False, progress=silent)
+        assert not out.exists()
+
+    plain = settings("text", "gptq")
+    every = dataclasses.replace(plain, calibration=selector.parse("scienceqa:train"))
+    refuse(models["text"], every, UsageError, "text model")
+    refuse(models["text"], dataclasses.replace(plain, group_size=48), UsageError, "does not divide")
+    refuse(models["text"], dataclasses.replace(plain, samples=99), UsageError, "99 are asked for")
+    without = dataclasses.replace(plain, calibration=None)
+    refuse(models["text"], without, PrerequisiteError, "calibration")
+    packed = find(str(make("text", "rtn", 4).path))
+    refuse(packed, plain, UsageError, "quantized already")
+
+
+def test_a_missing_calibration_image_is_refused_before_a_folder_is_begun(
+    models: dict[str, ModelFolder], tmp_path: Path
+) -> None:
+    gone = tuple(f"train-i{i}" for i in range(6))
+    data = {"scienceqa": str(tiny.save_questions(tmp_path / "holed", missing=gone))}
+    with pytest.raises(PrerequisiteError, match="missing image"):
+        quantize(
+            models["llava"], settings("llava", "gptq"), data, tmp_path / "out",
+            resume=False, progress=silent,
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_awq_refuses_layers_that_its_library_cannot_cut(
+    models: dict[str, ModelFolder], data: dict[str, str], tmp_path: Path
+) -> None:
+    odd = dataclasses.replace(models["text"], config=models["text"].config | {"head_dim": 16})
+    with pytest.raises(UsageError, match="64 outputs"):
+        quantize(
+            odd, settings("text", "awq"), data, tmp_path / "out", resume=False, progress=silent
+        )
+
+
+def test_a_failure_on_a_thread_of_the_library_is_an_error_of_ours(
+    models: dict[str, ModelFolder], data: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without care the library ends this very process here, with exit code 1."""
+
+    def fail(*args: Any) -> None:
+        raise ZeroDivisionError("on purpose")
+
+    model = loaded(models["text"])
+    with pytest.raises(NumericsError, match="ZeroDivisionError: on purpose"):
+        backends.solve(
+            "gptq", models["text"].path, list(layout.linear_shapes(models["text"].config)), GRID,
+            batches_for("text", model, data), device="cpu", progress=fail,
+        )  # fmt: skip
+    monkeypatch.undo()
+    assert len(solved("gptq", "text", models["text"], data).linears) == 14
+
+
+def test_a_weight_off_the_grid_is_refused() -> None:
+    scales, zeros = torch.full((2, 1), 0.5), torch.full((2, 1), 8.0)
+    weight = torch.tensor([[0.5, -1.0] * 16, [3.5, -4.0] * 16])
+    linear = QuantizedLinear.from_affine(weight, scales, zeros, GRID, "x")
+    torch.testing.assert_close(linear.dense(), weight, rtol=0, atol=0)
+    for bad in (weight + 0.1, weight * 9):  # between two codes; beyond the last one
+        with pytest.raises(NumericsError, match="x: "):
+            QuantizedLinear.from_affine(bad, scales, zeros, GRID, "x")
+
+
+# --- the folder ---------------------------------------------------------------------------------
+
+
+def files(out: Path) -> dict[str, str]:
+    return {f.name: store.file_digest(f) for f in out.iterdir() if f.name != "provenance.json"}
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_killed_run_starts_again_and_ends_with_the_same_checkpoint(
+    method: str, models: dict[str, ModelFolder], data: dict[str, str], make: Make, tmp_path: Path
+) -> None:
+    straight, out = make("text", method, 4), tmp_path / "out"
+    record = straight.record
+    out.mkdir()
+    # What a kill leaves behind: the note of what is being made, half a scratch folder, some files.
+    store.write_json(
+        out / store.UNFINISHED, {key: record[key] for key in ("stage", "fingerprint", "spec")}
+    )
+    (out / "scratch").mkdir()
+    (out / "scratch" / "model.safetensors").write_bytes(b"half")
+    (out / "model.safetensors").write_bytes(b"older")
+
+    def again(*, resume: bool) -> None:
+        quantize(
+            models["text"], settings("text", method), data, out, resume=resume, progress=silent
+        )
+
+    with pytest.raises(PrerequisiteError):
+        find(str(out))
+    with pytest.raises(UsageError, match="unfinished"):
+        again(resume=False)
+    again(resume=True)
+    assert files(out) == files(straight.path)
+    assert store.read_json(out / store.PROVENANCE)["fingerprint"] == record["fingerprint"]
+    other = settings("text", method, 3)
+    with pytest.raises(ArtifactError, match="bits"):
+        quantize(models["text"], other, data, out, resume=True, progress=silent)
+
+
+def test_a_finished_folder_is_not_made_again(
+    models: dict[str, ModelFolder], data: dict[str, str], make: Make
+) -> None:
+    made = make("text", "rtn", 4)
+
+    def fail(what: str, done: int, total: int) -> None:
+        raise AssertionError(what)
+
+    chosen = settings("text", "rtn")
+    again = quantize(models["text"], chosen, data, made.path, resume=True, progress=fail)
+    assert again == made.record
+
+
+def test_the_command_prints_one_json_object_and_nothing_else(
+    models: dict[str, ModelFolder], data: dict[str, str], tmp_path: Path
+) -> None:
+    """In a process of its own: the library prints a banner when it is imported."""
+    command = [
+        *(sys.executable, "-m", "qatbench", "quantize", str(models["llava"].path)),
+        *("--method", "gptq", "--group-size", str(tiny.GROUP), "--calib", "scienceqa:train"),
+        *("--samples", "4", "--data", data["scienceqa"], "--out", str(tmp_path / "out")),
+        *("--device", "cpu", "--json"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    told = json.loads(done.stdout)
+    assert told["method"] == "gptq"
+    assert told["reload"]["image"] <= told["reload"]["bound"]
+    for word in ("GPTQModel", "WARN", "Warning", "Traceback"):
+        assert word not in done.stderr
