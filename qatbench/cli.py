@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -195,7 +195,7 @@ def run_command(
     if dry_run:
         from qatbench.stages.dry_run import dry_run as look
 
-        only = {"arms": arm or [], "seeds": seed or [], "limit": limit}
+        only: dict[str, Any] = {"arms": arm or [], "seeds": seed or [], "limit": limit}
         return dry_run_result(ui, look(checked, out, paths, device or "cpu", **only))
     from qatbench.stages.plan import Plan
     from qatbench.stages.run import jobs_of, run
@@ -206,7 +206,7 @@ def run_command(
         plan = Plan(checked, out, paths=paths, limit=limit, device=device)
         plan.answer_with(dtype=dtype, batch_size=batch_size)
         if jobs > 1:
-            same = {"save_every": save_every, "limit": limit}
+            same: dict[str, object] = {"save_every": save_every, "limit": limit}
             same |= {"dtype": dtype, "batch_size": batch_size}
             shared = [*worker_options(recipe, out, data, device), *same_options(**same)]
             parts = jobs_of(plan, arm or [], seed or [], ["run", *shared])

@@ -7,11 +7,15 @@ Both are saved as plain bf16 folders. Every size is a multiple of 32, as 3-bit p
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+
+from qatbench.stages.quantize import QuantizeSettings
+from qatbench.tasks import selector
 
 HIDDEN, INNER, LAYERS, GROUP = 64, 128, 2, 32
 HEAD, HEADS, KV_HEADS = 32, 4, 2
@@ -202,3 +206,24 @@ def _row(split: str, question: str, choices: list[str], answer: int) -> dict[str
         "skill": "Classify",
         "grade": "grade2",
     }
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+SAMPLES = 6
+
+
+class Made(NamedTuple):
+    """A finished checkpoint and its provenance."""
+
+    path: Path
+    record: dict[str, Any]
+
+
+Make = Callable[[str, str, int], Made]
+
+
+def settings(family: str, method: Any, bits: int = 4) -> QuantizeSettings:
+    """Calibration on six training questions, with images for the LLaVA."""
+    part = "scienceqa:train:text" if family == "text" else "scienceqa:train"
+    return QuantizeSettings(method, bits, GROUP, selector.parse(part), SAMPLES, device="cpu")

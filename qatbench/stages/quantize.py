@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qatbench import store
@@ -30,6 +31,7 @@ from qatbench.vlm.batch import Encoder
 from qatbench.vlm.load import Loaded, ModelFolder
 
 Method = Literal["rtn", "gptq", "awq"]
+CALIBRATION_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,19 @@ def quantize(
         raise UsageError(problems[0], hint="--method gptq")
     questions = [] if settings.method == "rtn" else calibration_questions(settings, paths)
     _check_images(model, questions)
+    device = models.pick_device(settings.device)
+    models.pick_dtype(settings.dtype or "float32", device)
     folder = store.RunFolder(out, "quantize", settings.spec(model.fingerprint(), questions))
     if folder.begin(resume=resume) is store.State.DONE:
         return store.read_json(out / store.PROVENANCE)
-    device = models.pick_device(settings.device)
     grid = Grid(settings.bits, settings.group_size)
     progress("Loading the model", 0, 0)
     loaded = models.load(model, device=device, dtype=torch.float32)
     names = list(layout.linear_shapes(model.config))
     batches = calibration_batches(loaded, questions, settings.protocol)
+    grouped = together(batches, settings.batch_size, loaded.tokenizer.pad_token_id or 0)
     solving = time.monotonic()
-    quantized = _solve(settings, model, loaded, names, grid, batches, device, progress)
+    quantized = _solve(settings, model, loaded, names, grid, grouped, device, progress)
     solved = time.monotonic() - solving
     figures: dict[str, Any] = {
         "method": settings.method,
@@ -137,7 +141,11 @@ def _solve(
 
     if settings.method == "rtn":
         return round_to_nearest(loaded.model, names, grid, step)
-    return solve(settings.method, model.path, names, grid, batches, device=device, progress=step)
+    dtype = models.pick_dtype(settings.dtype or "float32", device)
+    return solve(
+        settings.method, model.path, names, grid, batches,
+        device=device, dtype=dtype, progress=step,
+    )  # fmt: skip
 
 
 def check_grid(model: ModelFolder, bits: int, group_size: int) -> None:
@@ -211,6 +219,34 @@ def calibration_batches(
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         batches.append(inputs | prompt.pixels)
     return batches
+
+
+def together(
+    batches: Sequence[dict[str, Tensor]], size: int | None, pad: int
+) -> list[dict[str, Tensor]]:
+    """Put text samples of like length together, padded on the right; the library masks padding.
+
+    Samples with images stay alone: the library calibrates VLMs on unpadded batches of one.
+
+    Raises: UsageError when samples with images are asked to be put together.
+    """
+    if any(len(batch) > 2 for batch in batches):
+        if size not in (None, 1):
+            raise UsageError("calibration with images takes one sample at a time")
+        return list(batches)
+    ordered = sorted(batches, key=lambda batch: batch["input_ids"].shape[1])
+    size = size or CALIBRATION_BATCH
+    return [_padded(ordered[i : i + size], pad) for i in range(0, len(ordered), size)]
+
+
+def _padded(batches: Sequence[dict[str, Tensor]], pad: int) -> dict[str, Tensor]:
+    length = max(batch["input_ids"].shape[1] for batch in batches)
+
+    def stack(key: str, value: int) -> Tensor:
+        rows = [batch[key] for batch in batches]
+        return torch.cat([F.pad(row, (0, length - row.shape[1]), value=value) for row in rows])
+
+    return {"input_ids": stack("input_ids", pad), "attention_mask": stack("attention_mask", 0)}
 
 
 def notes(model: ModelFolder, questions: Sequence[Question]) -> list[str]:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
-
 import pytest
 import tiny
 import torch._dynamo
+from tiny import Made, Make, settings
 
 from qatbench.stages.common import silent
-from qatbench.stages.quantize import QuantizeSettings, quantize
-from qatbench.tasks import selector
+from qatbench.stages.quantize import quantize
 from qatbench.vlm.load import ModelFolder, find
-
-SAMPLES = 6
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,21 +30,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelFolder]:
     tiny.save_text_model(root / "text")
     tiny.save_llava(root / "llava")
     return {name: find(str(root / name)) for name in ("text", "llava")}
-
-
-class Made(NamedTuple):
-    """A finished checkpoint and its provenance."""
-
-    path: Path
-    record: dict[str, Any]
-
-
-Make = Callable[[str, str, int], Made]
-
-
-def settings(family: str, method: Any, bits: int = 4) -> QuantizeSettings:
-    part = "scienceqa:train:text" if family == "text" else "scienceqa:train"
-    return QuantizeSettings(method, bits, tiny.GROUP, selector.parse(part), SAMPLES, device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ import pytest
 import tiny
 import torch
 import transformers
-from conftest import Make, settings
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import Make, settings
 from torch import Tensor
 
 from qatbench.errors import ArtifactError, NumericsError, PrerequisiteError, QatbenchError
@@ -82,7 +82,6 @@ def test_plain_transformers_loads_it_with_no_key_missing_or_left_over(
 def test_the_proof_is_far_from_its_bound(family: str, method: str, bits: int, make: Make) -> None:
     proof = make(family, method, bits).record["figures"]["reload"]
     kinds = ["text", "image"] if family == "llava" else ["text"]
-    print("FIG", family, method, bits, proof)
     assert [kind for kind in ("text", "image") if kind in proof] == kinds
     # The kernels hold scale * code in fp16, 2^-11 a weight: RELOAD_BOUND's comment states this.
     assert max(proof[kind] for kind in kinds) < 0.01 < proof["bound"]
@@ -317,7 +316,6 @@ def test_a_spoilt_checkpoint_is_not_published(
     if isinstance(caught.value, NumericsError):
         # The smallest of these moves a logit by ten bounds: RELOAD_BOUND's comment states this.
         worst = float(caught.value.message.split("differ by ")[1].split()[0])
-        print("FIG", what, worst)
         assert worst > 10 * export.RELOAD_BOUND
     assert caught.value.exit_code in (4, 5)
     assert {file.name for file in out.iterdir()} == {"unfinished.json"}

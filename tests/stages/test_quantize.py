@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from conftest import SAMPLES, Make, settings
+from tiny import SAMPLES, Make, settings
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.llava.modeling_llava import LlavaModel
 
