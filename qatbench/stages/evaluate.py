@@ -102,11 +102,11 @@ def evaluate(
     started = time.monotonic()
     asked = questions_of(settings.selectors, paths, settings.limit, settings.seed)
     _refuse_images(model, asked)
+    device = models.pick_device(settings.device)
+    dtype = models.pick_dtype(settings.dtype, device)
     folder = run_folder(out, settings, model.fingerprint(), asked)
     if folder.begin(resume=resume) is store.State.DONE:
         return _finished(out)
-    device = models.pick_device(settings.device)
-    dtype = models.pick_dtype(settings.dtype, device)
     progress("Loading the model", 0, 0)
     loaded = models.load(model, device=device, dtype=dtype, kernel=_kernel(settings, model))
     answered = time.monotonic()

@@ -20,7 +20,7 @@ from qatbench.records import Question
 from qatbench.report.model import Comparison
 from qatbench.stages import compare as comparing
 from qatbench.stages.common import Progress
-from qatbench.stages.evaluate import evaluate, questions_of
+from qatbench.stages.evaluate import evaluate, questions_of, run_folder
 from qatbench.stages.plan import Plan, Unit, model_of
 from qatbench.stages.quantize import QuantizeSettings, quantize
 from qatbench.stages.train import TrainRequest, train
@@ -133,7 +133,7 @@ def _say(unit: Unit, progress: Progress) -> Progress:
 
 
 def _eval_folder(plan: Plan, unit: Unit, asked: dict[str, list[Question]]) -> store.RunFolder:
-    return store.RunFolder(unit.folder, "eval", plan.evaluation.spec(unit.fingerprint, asked))
+    return run_folder(unit.folder, plan.evaluation, unit.fingerprint, asked)
 
 
 def _evaluate(plan: Plan, unit: Unit, progress: Progress, save_every: int) -> None:
