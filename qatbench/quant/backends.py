@@ -12,6 +12,7 @@ import importlib
 import io
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,8 @@ def solve(
         progress(len(found), len(names))
         return "handed over"
 
-    with quiet(), _hand_over(take), _failing_softly():
-        model = _load(method, path, grid, device, dtype)
+    with _elsewhere(), quiet(), _hand_over(take), _failing_softly():
+        model = _load(method, path.resolve(), grid, device, dtype)
         model.prepare_dataset = lambda *args, **kwargs: [dict(batch) for batch in batches]
         # The kernel named here is only validated, never made: the plain one takes all widths.
         backend = getattr(_library().BACKEND, f"{method.upper()}_TORCH")
@@ -153,6 +154,13 @@ def _failing_softly() -> Iterator[None]:
         raise NumericsError(f"gptqmodel failed: {type(error).__name__}: {error}") from error
     finally:
         worker._abort_process = original
+
+
+@contextlib.contextmanager
+def _elsewhere() -> Iterator[None]:
+    """Work in a folder that goes away: the library writes logs into the current one."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        yield
 
 
 @contextlib.contextmanager

@@ -219,7 +219,7 @@ def answer_all(
 
     What `partial` holds already is kept; its errors are tried again.
     """
-    return list(_answer_all(loaded, settings, asked, partial, progress).rows)
+    return _answer_all(loaded, settings, asked, partial, progress).rows
 
 
 class _Answered(NamedTuple):
