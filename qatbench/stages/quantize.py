@@ -31,7 +31,9 @@ from qatbench.vlm.batch import Encoder
 from qatbench.vlm.load import Loaded, ModelFolder
 
 Method = Literal["rtn", "gptq", "awq"]
-CALIBRATION_BATCH = 16
+# Samples put together. gptqmodel's AWQ searches scales on the latest of batches of unlike length
+# alone, and its clip search takes 10 s a layer and 512 tokens on a CPU: hence few there.
+CALIBRATION_BATCH = {"gptq": 16, "awq": 4}
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class QuantizeSettings:
     seed: int = 0
     device: str | None = None
     dtype: str | None = None  # of weights and activations while calibrating; default float32
-    batch_size: int | None = None  # calibration samples at once; default 16, with images 1
+    batch_size: int | None = None  # calibration samples at once; with images 1
 
     def spec(self, model: str, questions: Sequence[Question]) -> dict[str, Any]:
         """What decides the checkpoint; `model` is its fingerprint."""
@@ -96,7 +98,8 @@ def quantize(
     loaded = models.load(model, device=device, dtype=torch.float32)
     names = list(layout.linear_shapes(model.config))
     batches = calibration_batches(loaded, questions, settings.protocol)
-    grouped = together(batches, settings.batch_size, loaded.tokenizer.pad_token_id or 0)
+    size = settings.batch_size or CALIBRATION_BATCH.get(settings.method, 1)
+    grouped = together(batches, size, loaded.tokenizer.pad_token_id or 0)
     solving = time.monotonic()
     quantized = _solve(settings, model, loaded, names, grid, grouped, device, progress)
     solved = time.monotonic() - solving
@@ -109,7 +112,7 @@ def quantize(
         "calibration_seconds": round(solved, 3),
         "samples_seen": len(batches),
         "device": device,
-        "notes": notes(model, questions),
+        "notes": notes(model, questions) + _search_note(settings.method, grouped),
     }
     if settings.method != "rtn":
         progress("Comparing layer errors with RTN", 0, 0)
@@ -221,21 +224,15 @@ def calibration_batches(
     return batches
 
 
-def together(
-    batches: Sequence[dict[str, Tensor]], size: int | None, pad: int
-) -> list[dict[str, Tensor]]:
+def together(batches: Sequence[dict[str, Tensor]], size: int, pad: int) -> list[dict[str, Tensor]]:
     """Put text samples of like length together, padded on the right; the library masks padding.
 
     Samples with images stay alone: the library calibrates VLMs on unpadded batches of one.
 
-    Raises: UsageError when samples with images are asked to be put together.
     """
     if any(len(batch) > 2 for batch in batches):
-        if size not in (None, 1):
-            raise UsageError("calibration with images takes one sample at a time")
         return list(batches)
     ordered = sorted(batches, key=lambda batch: batch["input_ids"].shape[1])
-    size = size or CALIBRATION_BATCH
     return [_padded(ordered[i : i + size], pad) for i in range(0, len(ordered), size)]
 
 
@@ -247,6 +244,15 @@ def _padded(batches: Sequence[dict[str, Tensor]], pad: int) -> dict[str, Tensor]
         return torch.cat([F.pad(row, (0, length - row.shape[1]), value=value) for row in rows])
 
     return {"input_ids": stack("input_ids", pad), "attention_mask": stack("attention_mask", 0)}
+
+
+def _search_note(method: str, grouped: Sequence[dict[str, Tensor]]) -> list[str]:
+    """What a reader must know of AWQ's search: it may not see all samples."""
+    shapes = {batch["input_ids"].shape for batch in grouped}
+    if method != "awq" or len(shapes) < 2:
+        return []
+    used = grouped[-1]["input_ids"].shape[0]
+    return [f"AWQ's scale search used {used} samples: the library keeps the last of unlike batches"]
 
 
 def notes(model: ModelFolder, questions: Sequence[Question]) -> list[str]:
