@@ -134,7 +134,7 @@ def test_ratios_must_be_positive(ratio: float) -> None:
 
 
 def test_the_ratio_grids_are_the_documented_ones() -> None:
-    assert len(RTN_RATIOS) == 91
+    assert len(RTN_RATIOS) == 46
     assert 1.0 in RTN_RATIOS
     assert (RTN_RATIOS[0], RTN_RATIOS[-1]) == (0.3, 1.2)
     assert torch.allclose(torch.tensor(LSQ_RATIOS), torch.linspace(0.3, 1.2, 20))
