@@ -203,7 +203,7 @@ def test_schedule_warms_up_and_ends_near_zero() -> None:
 # --- runs -----------------------------------------------------------------------------------------
 
 
-class Cut(Exception):
+class Cut(Exception):  # noqa: N818 - stands for a kill, not for an error
     """Stands for a kill."""
 
 
