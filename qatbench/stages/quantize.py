@@ -33,7 +33,7 @@ from qatbench.vlm.load import Loaded, ModelFolder
 Method = Literal["rtn", "gptq", "awq"]
 # Samples put together. gptqmodel's AWQ searches scales on the latest of batches of unlike length
 # alone, and its clip search takes 10 s a layer and 512 tokens on a CPU: hence few there.
-CALIBRATION_BATCH = {"gptq": 16, "awq": 4}
+CALIBRATION_BATCH = {"gptq": 16, "awq": 2}
 
 
 @dataclass(frozen=True)
