@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 import typer
 
 from qatbench.cli_options import (
-    BatchSize,
     Bits,
     Data,
     Device,
@@ -38,7 +37,7 @@ def quantize_command(
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     protocol: Annotated[str, typer.Option(help="Form of the calibration prompts.")] = "qatbench",
     limit: Limit = None,
-    batch_size: BatchSize = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Calibration samples at once.")] = 8,
     dtype: Dtype = None,
     data: Data = None,
     seed: Seed = 0,

@@ -47,6 +47,7 @@ class CalibrationSpec(_Section):
     """Samples shown to GPTQ and AWQ."""
 
     samples: int = Field(128, ge=1)
+    batch_size: int = Field(8, ge=1)
 
 
 class EvaluationSpec(_Section):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qatbench.errors import NumericsError, PrerequisiteError
+from qatbench.quant import awq
 from qatbench.quant.grid import Grid
 from qatbench.quant.result import Quantized, QuantizedLinear
 
@@ -46,7 +47,7 @@ def solve(
         path: 16-bit model folder.
         names: every linear to quantize, by its name in memory.
         grid: bits and group size.
-        batches: model inputs of one calibration sample each, unpadded.
+        batches: model inputs of one or more calibration samples each, padding masked.
         device: torch device name.
         dtype: of weights and activations while calibrating.
         progress: called as (linears done, linears in all).
@@ -67,6 +68,7 @@ def solve(
     with _elsewhere(), quiet(), _hand_over(take), _failing_softly():
         model = _load(method, path.resolve(), grid, device, dtype)
         model.prepare_dataset = lambda *args, **kwargs: [dict(batch) for batch in batches]
+        model.awq_input_feature_aggregation = awq.token_policy
         # The kernel named here is only validated, never made: the plain one takes all widths.
         backend = getattr(_library().BACKEND, f"{method.upper()}_TORCH")
         model.quantize([{"input_ids": [0]}] * len(batches), batch_size=1, backend=backend)
@@ -165,29 +167,30 @@ def _elsewhere() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hand_over(take: Callable[..., str]) -> Iterator[None]:
-    """Replace the library's packing step by `take` for the time of one run.
+    """Replace the library's packing step by `take`, and AWQ's clip search, for one run.
 
     Its packed modules are not made either: they exist for fp16 and bf16 only, while calibration
     here is in fp32 by default.
+
+    Raises: PrerequisiteError when this gptqmodel has no such places.
     """
     _library()
-    instead = {"pack_module": take, "create_quant_module": lambda **_: None}
-    saved = []
-    for name in PROCESSORS:
-        module = importlib.import_module(name)
-        for attribute in instead:
-            if not hasattr(module, attribute):
-                raise PrerequisiteError(
-                    f"this gptqmodel has no {name}.{attribute}", hint="install gptqmodel 7.7"
-                )
-            saved.append((module, attribute, getattr(module, attribute)))
-    try:
-        for module, attribute, _ in saved:
-            setattr(module, attribute, instead[attribute])
+    modules = [importlib.import_module(name) for name in PROCESSORS]
+    clip = {"_compute_best_clip": awq.clip_bounds}
+    packing = {"pack_module": take, "create_quant_module": lambda **_: None}
+    changes = [(module, packing) for module in modules] + [(modules[1].AWQProcessor, clip)]
+    with contextlib.ExitStack() as undo:
+        for owner, instead in changes:
+            for attribute, replacement in instead.items():
+                original = getattr(owner, attribute, None)
+                if original is None:
+                    raise PrerequisiteError(
+                        f"this gptqmodel has no {owner.__name__}.{attribute}",
+                        hint="install gptqmodel 7.7",
+                    )
+                setattr(owner, attribute, replacement)
+                undo.callback(setattr, owner, attribute, original)
         yield
-    finally:
-        for module, attribute, original in saved:
-            setattr(module, attribute, original)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from qatbench.quant.result import Quantized
 from qatbench.quant.rtn import round_to_nearest
 from qatbench.vlm.load import Loaded
 
-SAMPLES = 32
+SAMPLES = 16
 
 
 def compare_layers(
@@ -30,7 +30,7 @@ def compare_layers(
 ) -> dict[str, Any]:
     """Relative squared output error of every decoder layer, for the method and for RTN.
 
-    Uses the first 32 calibration samples. Relative to the squared size of the layer's update
+    Uses the first 16 calibration samples. Relative to the squared size of the layer's update
     (output minus input), summed over samples.
 
     Returns: `samples`, `method` and `rtn` (one figure a layer), `above_rtn`: the layers whose

@@ -144,6 +144,7 @@ class Plan:
             group_size=grid.group_size,
             calibration=selector.parse(text) if text else None,
             samples=self.recipe.calibration.samples,
+            batch_size=self.recipe.calibration.batch_size,
             protocol=self.recipe.evaluation.protocol,
             seed=self.recipe.seed,
             device=self.device,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qatbench import store
 from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
+from qatbench.quant import awq
 from qatbench.quant.backends import solve
 from qatbench.quant.grid import Grid
 from qatbench.quant.result import Quantized
@@ -31,9 +32,8 @@ from qatbench.vlm.batch import Encoder
 from qatbench.vlm.load import Loaded, ModelFolder
 
 Method = Literal["rtn", "gptq", "awq"]
-# Samples put together. gptqmodel's AWQ searches scales on the latest of batches of unlike length
-# alone, and its clip search takes 10 s a layer and 512 tokens on a CPU: hence few there.
-CALIBRATION_BATCH = {"gptq": 16, "awq": 2}
+# Samples put together; AWQ judges the scales before attention on the last batch alone.
+CALIBRATION_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class QuantizeSettings:
     seed: int = 0
     device: str | None = None
     dtype: str | None = None  # of weights and activations while calibrating; default float32
-    batch_size: int | None = None  # calibration samples at once; with images 1
+    batch_size: int = CALIBRATION_BATCH  # calibration samples at once; with images 1
 
     def spec(self, model: str, questions: Sequence[Question]) -> dict[str, Any]:
         """What decides the checkpoint; `model` is its fingerprint."""
@@ -64,6 +64,8 @@ class QuantizeSettings:
                 "calibration": selector.digest(questions),
                 "protocol": self.protocol,
                 "samples": len(questions),
+                "batch_size": self.batch_size,
+                "dtype": self.dtype or "float32",
             }
         return spec
 
@@ -84,8 +86,6 @@ def quantize(
     """
     started = time.monotonic()
     check_grid(model, settings.bits, settings.group_size)
-    if settings.method == "awq" and (problems := layout.awq_problems(model.config)):
-        raise UsageError(problems[0], hint="--method gptq")
     questions = [] if settings.method == "rtn" else calibration_questions(settings, paths)
     _check_images(model, questions)
     device = models.pick_device(settings.device)
@@ -98,8 +98,7 @@ def quantize(
     loaded = models.load(model, device=device, dtype=torch.float32)
     names = list(layout.linear_shapes(model.config))
     batches = calibration_batches(loaded, questions, settings.protocol)
-    size = settings.batch_size or CALIBRATION_BATCH.get(settings.method, 1)
-    grouped = together(batches, size, loaded.tokenizer.pad_token_id or 0)
+    grouped = together(batches, settings.batch_size, loaded.tokenizer.pad_token_id or 0)
     solving = time.monotonic()
     quantized = _solve(settings, model, loaded, names, grid, grouped, device, progress)
     solved = time.monotonic() - solving
@@ -227,13 +226,15 @@ def calibration_batches(
 def together(batches: Sequence[dict[str, Tensor]], size: int, pad: int) -> list[dict[str, Tensor]]:
     """Put text samples of like length together, padded on the right; the library masks padding.
 
-    Samples with images stay alone: the library calibrates VLMs on unpadded batches of one.
-
+    The batch of middling length comes last, where AWQ takes whole sequences from. Samples with
+    images stay alone: the library calibrates VLMs on unpadded batches of one.
     """
     if any(len(batch) > 2 for batch in batches):
         return list(batches)
     ordered = sorted(batches, key=lambda batch: batch["input_ids"].shape[1])
-    return [_padded(ordered[i : i + size], pad) for i in range(0, len(ordered), size)]
+    groups = [_padded(ordered[i : i + size], pad) for i in range(0, len(ordered), size)]
+    middle = len(groups) // 2
+    return groups[:middle] + groups[middle + 1 :] + groups[middle : middle + 1]
 
 
 def _padded(batches: Sequence[dict[str, Tensor]], pad: int) -> dict[str, Tensor]:
@@ -247,12 +248,14 @@ def _padded(batches: Sequence[dict[str, Tensor]], pad: int) -> dict[str, Tensor]
 
 
 def _search_note(method: str, grouped: Sequence[dict[str, Tensor]]) -> list[str]:
-    """What a reader must know of AWQ's search: it may not see all samples."""
-    shapes = {batch["input_ids"].shape for batch in grouped}
-    if method != "awq" or len(shapes) < 2:
+    """What a reader must know of AWQ's searches: no sample is seen whole but the last ones."""
+    if method != "awq":
         return []
-    used = grouped[-1]["input_ids"].shape[0]
-    return [f"AWQ's scale search used {used} samples: the library keeps the last of unlike batches"]
+    seen, whole = sum(len(batch["input_ids"]) for batch in grouped), len(grouped[-1]["input_ids"])
+    return [
+        f"AWQ: scales before attention from {whole} whole samples, other scales and clips from up "
+        f"to {awq.TOKENS} tokens of all {seen}"
+    ]
 
 
 def notes(model: ModelFolder, questions: Sequence[Question]) -> list[str]:

@@ -144,9 +144,3 @@ def grid_problems(config: Mapping[str, Any], bits: int, group_size: int) -> list
                 kind, f"{bits}-bit codes of {name} ({out} x {width}) do not fill 32-bit words"
             )
     return list(problems.values())
-
-
-def awq_problems(config: Mapping[str, Any]) -> list[str]:
-    """Why gptqmodel's AWQ cannot run on this model: its clip search takes 64 outputs at a time."""
-    odd = {name: out for name, (out, _) in linear_shapes(config).items() if out % 64}
-    return [f"AWQ needs a multiple of 64 outputs, {k} has {v}" for k, v in list(odd.items())[:1]]

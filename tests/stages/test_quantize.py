@@ -18,13 +18,18 @@ from transformers.models.llava.modeling_llava import LlavaModel
 
 from qatbench import store
 from qatbench.errors import ArtifactError, NumericsError, PrerequisiteError, UsageError
-from qatbench.quant import backends
+from qatbench.quant import awq, backends
 from qatbench.quant.grid import Grid
 from qatbench.quant.result import Quantized, QuantizedLinear
 from qatbench.quant.rtn import round_to_nearest
 from qatbench.stages.common import silent
 from qatbench.stages.layer_error import compare_layers
-from qatbench.stages.quantize import calibration_batches, calibration_questions, quantize
+from qatbench.stages.quantize import (
+    calibration_batches,
+    calibration_questions,
+    quantize,
+    together,
+)
 from qatbench.tasks import selector
 from qatbench.vlm import layout
 from qatbench.vlm.load import Loaded, ModelFolder, find, load
@@ -224,16 +229,6 @@ def test_a_missing_calibration_image_is_refused_before_a_folder_is_begun(
     assert not (tmp_path / "out").exists()
 
 
-def test_awq_refuses_layers_that_its_library_cannot_cut(
-    models: dict[str, ModelFolder], data: dict[str, str], tmp_path: Path
-) -> None:
-    odd = dataclasses.replace(models["text"], config=models["text"].config | {"head_dim": 16})
-    with pytest.raises(UsageError, match="64 outputs"):
-        quantize(
-            odd, settings("text", "awq"), data, tmp_path / "out", resume=False, progress=silent
-        )
-
-
 def test_a_failure_on_a_thread_of_the_library_is_an_error_of_ours(
     models: dict[str, ModelFolder], data: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,3 +327,64 @@ def test_the_command_prints_one_json_object_and_nothing_else(
     assert told["reload"]["image"] <= told["reload"]["bound"]
     for word in ("GPTQModel", "WARN", "Warning", "Traceback"):
         assert word not in done.stderr
+
+
+# --- how samples are put together ---------------------------------------------------------------
+
+
+def test_samples_of_like_length_go_together_and_the_middle_ones_come_last() -> None:
+    lengths = [5, 9, 2, 7, 3, 8]
+    batches = [
+        {"input_ids": torch.full((1, n), n), "attention_mask": torch.ones(1, n, dtype=torch.long)}
+        for n in lengths
+    ]
+    grouped = together(batches, 2, pad=0)
+    assert [group["input_ids"].shape for group in grouped] == [(2, 3), (2, 9), (2, 7)]
+    for group in grouped:
+        assert torch.equal(group["input_ids"] != 0, group["attention_mask"].bool())
+    rows = [row[row != 0].tolist() for group in grouped for row in group["input_ids"]]
+    assert sorted(map(len, rows)) == sorted(lengths)
+
+
+def test_samples_with_images_stay_alone() -> None:
+    alone = {"input_ids": torch.ones(1, 3), "attention_mask": torch.ones(1, 3)}
+    batches = [alone, alone | {"pixel_values": torch.zeros(1, 3, 8, 8)}]
+    assert together(batches, 8, pad=0) == batches
+
+
+def test_padding_changes_nothing_in_gptq(
+    models: dict[str, ModelFolder], data: dict[str, str]
+) -> None:
+    model, folder = loaded(models["text"]), models["text"]
+    batches = batches_for("text", model, data)
+    found = [
+        backends.solve(
+            "gptq", folder.path, list(layout.linear_shapes(folder.config)), GRID, some,
+            device="cpu", progress=lambda done, total: None,
+        )
+        for some in (batches, together(batches, 4, pad=0))
+    ]  # fmt: skip
+    for name, linear in found[0].linears.items():
+        same = (linear.fields == found[1].linears[name].fields).float().mean()
+        assert same > 0.98, f"{name}: {same:.3f} of the codes agree"
+
+
+def test_awq_looks_at_every_sample_where_no_sequence_is_needed(
+    models: dict[str, ModelFolder], data: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library alone would take the last sample for every search."""
+    seen: dict[int, set[int]] = {}
+    bounds = awq.clip_bounds
+
+    def watch(self: Any, w: torch.Tensor, input_feat: torch.Tensor, **kwargs: Any) -> Any:
+        seen.setdefault(w.shape[1], set()).add(input_feat.shape[-2])
+        return bounds(self, w, input_feat, **kwargs)
+
+    monkeypatch.setattr(awq, "clip_bounds", watch)
+    folder = models["llava"]
+    tokens = sum(
+        batch["input_ids"].shape[1] for batch in batches_for("llava", loaded(folder), data)
+    )
+    solved("awq", "llava", folder, data)
+    assert seen == {width: {tokens} for width in seen}
+    assert set(seen) == {tiny.HIDDEN, tiny.INNER}

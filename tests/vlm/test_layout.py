@@ -66,8 +66,6 @@ def test_grids_that_do_not_fit_are_named() -> None:
     (problem,) = {text.split(" ")[0:2].__repr__() for text in layout.grid_problems(config, 4, 64)}
     assert "group_size" in problem
     assert layout.grid_problems(config | {"intermediate_size": 100}, 3, -1)
-    assert "64 outputs" in layout.awq_problems(config)[0]
-    assert layout.awq_problems(config | {"hidden_size": 192}) == []
 
 
 def test_unknown_architectures_and_missing_sizes_are_usage_errors() -> None:
