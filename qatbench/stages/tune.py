@@ -176,7 +176,8 @@ class _Bench:
             store.write_json(folder / "result.json", facts | scored | {"seconds": run.seconds})
 
     def _request(self, name: str, candidate: dict[str, Any], fold: int) -> TrainRequest:
-        arm = self.recipe.arms[name]
+        # Not from the arm's own values: those are what an earlier search has chosen.
+        arm = self.recipe.arms[name].model_copy(update={"training": {}, "controller": None})
         settings = train_settings(self.recipe, arm, self.recipe.seed, **candidate)
         teacher = self._teacher(fold) if arm.kind in TAUGHT else None
         return TrainRequest(

@@ -198,6 +198,7 @@ def test_a_fold_is_neither_trained_on_nor_shown_to_the_teacher(
     class Spy(run_class):  # type: ignore[misc, valid-type]
         def __init__(self, request, *rest):  # type: ignore[no-untyped-def]
             trained.append({q.id for q in request.questions})
+            assert request.settings.weight_decay == 0.0
             super().__init__(request, *rest)
 
     def spy(loaded, settings, questions, *rest):  # type: ignore[no-untyped-def]
@@ -214,8 +215,11 @@ def test_a_fold_is_neither_trained_on_nor_shown_to_the_teacher(
     monkeypatch.setattr(module, "TrainingRun", Spy)
     monkeypatch.setattr(module, "answer_all", spy)
     monkeypatch.setattr(module, "train", taught)
+    checked = load_recipe(recipe, check_grid)
+    for name, arm in checked.arms.items():  # what an earlier search chose is not searched from
+        checked.arms[name] = arm.model_copy(update={"training": {"weight_decay": 0.5}})
     tune(
-        load_recipe(recipe, check_grid), tmp_path, {},
+        checked, tmp_path, {},
         arms=None, folds=None, device="cpu", progress=quiet,
     )  # fmt: skip
     assert len(trained) == len(asked) == 6
