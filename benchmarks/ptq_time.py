@@ -3,7 +3,7 @@
 Both solve the same model on the same samples in one run; the library's own time includes
 its packing and saving, ours the export with its reload proof. Prints seconds and the ratio.
 
-    python benchmarks/ptq_time.py MODEL --data DIR [--samples 128] [--batch-size 1]
+    python benchmarks/ptq_time.py MODEL --data DIR [--samples 128] [--batch-size 8]
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from qatbench.tasks import selector
 from qatbench.vlm import load as models
 
 
-def library_alone(method: str, path: Path, batches: list[dict[str, Any]], bits: int) -> float:
+def library_alone(
+    method: str, path: Path, batches: list[dict[str, Any]], bits: int, dtype: torch.dtype
+) -> float:
     """Quantize and save with gptqmodel only; seconds."""
     grid = Grid(bits, 64)
     started = time.monotonic()
     with backends.quiet(), tempfile.TemporaryDirectory() as out:
-        model = backends._load(method, path, grid, "cpu", torch.bfloat16)
+        model = backends._load(method, path, grid, "cpu", dtype)
         samples = [
             {"input_ids": row["input_ids"][0], "attention_mask": row["attention_mask"][0]}
             for row in batches
@@ -45,7 +47,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--data", required=True)
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--dtype", default="bfloat16", help="of the library's model; ours is float32")
+    parser.add_argument("--batch-size", type=int, default=stage.CALIBRATION_BATCH)
     parser.add_argument("--method", action="append", choices=["gptq", "awq"])
     given = parser.parse_args()
     folder = models.find(given.model)
@@ -59,7 +62,7 @@ def main() -> None:
         )
         rows = stage.calibration_questions(settings, paths)
         batches = stage.calibration_batches(loaded, rows, settings.protocol)
-        theirs = library_alone(method, folder.path, batches, 4)
+        theirs = library_alone(method, folder.path, batches, 4, getattr(torch, given.dtype))
         with tempfile.TemporaryDirectory() as out:
             started = time.monotonic()
             record = stage.quantize(

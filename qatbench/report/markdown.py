@@ -40,7 +40,8 @@ show equivalence with 80 % power if there is no difference.
 - **lost/gained**: questions that went from right to wrong / wrong to right, mean over pairs of \
 equal seeds (or all seeds with the only one of the other arm); McNemar's p of each.
 - **MB**: 10^6 bytes of checkpoint. **bits/weight**: the language model's linears, with scales. \
-**cost**: making the checkpoint, or training + calibration where that is more; mean over seeds.
+**cost**: making the checkpoint, and before it those of the compared arms that it was made from \
+(the model that was quantized, the teacher); mean over seeds, on the device stated.
 - "-": not recorded."""
 
 
@@ -62,11 +63,21 @@ def render(comparison: Comparison) -> str:
 
 
 def verdict(task: TaskComparison, baseline: str) -> str:
-    """Say what to ship, how sure that is, and at what cost."""
-    contest, best = task.contest, task.best("QAT") or task.best("PTQ")
-    if contest is not None:
+    """Say what to ship, a paragraph a grid, how sure that is, and at what cost."""
+    if not task.contests:
+        return _without_contest(task, baseline)
+    paragraphs = []
+    for contest in task.contests:
         shipped, sentence = _contest_words(task, contest)
-    elif best is not None:
+        where = f"{shipped.grid}: " if len(task.contests) > 1 else ""
+        rivals = [task.arm(name) for name in (contest.arm, contest.reference)]
+        paragraphs.append(where + _told(task, shipped, sentence, baseline, rivals))
+    return "\n\n".join(paragraphs)
+
+
+def _without_contest(task: TaskComparison, baseline: str) -> str:
+    best = task.best("QAT") or task.best("PTQ")
+    if best is not None:
         shipped = best
         others = sum(arm.family == best.family for arm in task.arms) > 1
         role = f"the best {best.family} arm" if others else f"the only {best.family} arm"
@@ -77,8 +88,19 @@ def verdict(task: TaskComparison, baseline: str) -> str:
             f"No arm states a quantization method. The most accurate is `{shipped.name}`, with"
             f" {_score(shipped)}."
         )
-    sentences = [sentence, _against_baseline(task, shipped, baseline), _cost(task, shipped)]
-    trained = shipped.family == "QAT" or shipped.training_seconds is not None
+    return _told(task, shipped, sentence, baseline, [])
+
+
+def _told(
+    task: TaskComparison,
+    shipped: ArmResult,
+    sentence: str,
+    baseline: str,
+    rivals: Sequence[ArmResult],
+) -> str:
+    """Put the sentence before what follows of the arm to ship."""
+    sentences = [sentence, _against_baseline(task, shipped, baseline), _cost(shipped, rivals)]
+    trained = shipped.family == "QAT" or shipped.source_seconds is not None
     if trained and len(shipped.seeds) == 1:
         sentences.append(f"`{shipped.name}` was trained with one seed: another may differ.")
     return " ".join(filter(None, sentences))
@@ -105,7 +127,7 @@ def _contest_words(task: TaskComparison, contest: PairResult) -> tuple[ArmResult
             f" {contest.n_needed} questions"
         )
     picked = ""
-    if sum(arm.family in ("QAT", "PTQ") for arm in task.arms) > 2:
+    if sum(arm.family in ("QAT", "PTQ") and arm.grid == qat.grid for arm in task.arms) > 2:
         picked = " Both were picked as the best on these same questions, which flatters them."
     return shipped, (
         f"**Ship `{shipped.name}`**: {why}. Best QAT: `{qat.name}`, {_score(qat)}. Best PTQ:"
@@ -139,13 +161,10 @@ def _against_baseline(task: TaskComparison, arm: ArmResult, baseline: str) -> st
     )
 
 
-def _cost(task: TaskComparison, shipped: ArmResult) -> str:
+def _cost(shipped: ArmResult, rivals: Sequence[ArmResult]) -> str:
     """Price of the arm to ship, beside that of the arm it beat."""
-    names = [shipped.name]
-    if task.contest is not None:
-        names += [n for n in (task.contest.arm, task.contest.reference) if n != shipped.name]
     told = []
-    for arm in map(task.arm, names):
+    for arm in [shipped, *(rival for rival in rivals if rival.name != shipped.name)]:
         known = [
             (tables.duration(arm.cost_seconds), " to make"),
             (tables.megabytes(arm.checkpoint_bytes), " MB"),
@@ -160,15 +179,21 @@ def _task_parts(comparison: Comparison, task: TaskComparison) -> list[str]:
     definition = task.definition
     rows = [row for row in tables.arm_rows(comparison) if row["task"] == definition.task]
     pairs = [row for row in tables.pair_rows(comparison) if row["task"] == definition.task]
-    labels = [arm for arm in task.arms if arm.label]
-    for mark, arm in enumerate(labels, start=1):
-        row = rows[task.arms.index(arm)]
-        row["bits/w"] += f" ({mark})"
+    labels: dict[str, list[str]] = {}
+    for row, arm in zip(rows, task.arms, strict=True):
+        if arm.label:
+            labels.setdefault(arm.label, []).append(arm.name)
+            row["bits/w"] += f" ({list(labels).index(arm.label) + 1})"
     parts = [f"## {definition.task}", verdict(task, comparison.baseline)]
     parts.append(_table([_without_task(row) for row in rows], _ARM_TITLES))
     if labels:
-        parts.append("\n".join(f"({k}) `{a.name}`: {a.label}." for k, a in enumerate(labels, 1)))
-    notes = [f"- `{arm.name}`: {note}" for arm in task.arms for note in arm.notes]
+        marked = enumerate(labels.items(), start=1)
+        parts.append("\n".join(f"({k}) {_named(names)}: {text}." for k, (text, names) in marked))
+    told: dict[str, list[str]] = {}
+    for arm in task.arms:
+        for note in arm.notes:
+            told.setdefault(note, []).append(arm.name)
+    notes = [f"- {_named(names)}: {note}" for note, names in told.items()]
     warnings = [
         f"- **{warning.code}**{f' ({warning.detail})' if warning.detail else ''}: {warning.advice}."
         for warning in task.warnings
@@ -183,6 +208,10 @@ def _task_parts(comparison: Comparison, task: TaskComparison) -> list[str]:
         ("Definition", _definition(definition, comparison.baseline)),
     ]
     return parts + [f"### {title}\n\n{text}" for title, text in sections if text]
+
+
+def _named(arms: Sequence[str]) -> str:
+    return ", ".join(f"`{arm}`" for arm in arms)
 
 
 def _definition(definition: Definition, baseline: str) -> str:

@@ -96,6 +96,7 @@ class CheckpointFacts(Record):
     making_seconds: float | None = None  # mean over seeds, as the two below
     training_seconds: float | None = None
     calibration_seconds: float | None = None
+    source_seconds: float | None = None  # making of the compared arms that it was made from
     samples_seen: int | None = None  # training samples, repeats counted
     device: str | None = None  # where it was made
     notes: tuple[str, ...] = ()
@@ -131,12 +132,18 @@ class ArmResult(CheckpointFacts):
         return "16-bit" if full else "unknown"
 
     @property
+    def grid(self) -> str:
+        """Bits and group size in words; arms are ranked against each other within one grid."""
+        if self.bits is None:
+            return "unknown grid"
+        return f"{self.bits} bits g{self.group_size}"
+
+    @property
     def cost_seconds(self) -> float | None:
-        """Making, or training + calibration where that is more (PTQ of a trained checkpoint)."""
-        parts = [s for s in (self.training_seconds, self.calibration_seconds) if s is not None]
-        if self.making_seconds is None and not parts:
+        """Making it, and before it the compared arms that it was made from: source, teacher."""
+        if self.making_seconds is None:
             return None
-        return max(self.making_seconds or 0.0, sum(parts))
+        return self.making_seconds + (self.source_seconds or 0.0)
 
 
 class SeedPair(Record):
@@ -197,7 +204,7 @@ class TaskComparison(Record):
     definition: Definition
     arms: tuple[ArmResult, ...]  # in the order asked for, the baseline included
     pairs: tuple[PairResult, ...]  # every other arm against the baseline
-    contest: PairResult | None  # best QAT arm against best PTQ arm, picked on these questions
+    contests: tuple[PairResult, ...]  # a grid each: best QAT against best PTQ on these questions
     warnings: tuple[ReportWarning, ...]
 
     def arm(self, name: str) -> ArmResult:
@@ -208,9 +215,9 @@ class TaskComparison(Record):
         """Find that arm against the baseline; None for the baseline itself."""
         return next((pair for pair in self.pairs if pair.arm == name), None)
 
-    def best(self, family: Family) -> ArmResult | None:
-        """Pick the most accurate arm of a family; among equals the first."""
-        arms = [arm for arm in self.arms if arm.family == family]
+    def best(self, family: Family, grid: str | None = None) -> ArmResult | None:
+        """Pick the most accurate arm of a family, of one grid if given; among equals the first."""
+        arms = [arm for arm in self.arms if arm.family == family and grid in (None, arm.grid)]
         return max(arms, key=lambda arm: arm.accuracy, default=None)
 
 

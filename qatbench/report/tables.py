@@ -24,7 +24,7 @@ def arm_rows(comparison: Comparison) -> list[Row]:
 
 
 def pair_rows(comparison: Comparison) -> list[Row]:
-    """One row a pair and task: arms against the baseline, then best QAT against best PTQ."""
+    """One row a pair and task: arms against the baseline, then best QAT against best PTQ a grid."""
     return [
         {"task": task.definition.task, **_pair_row(pair)}
         for task in comparison.tasks
@@ -33,11 +33,10 @@ def pair_rows(comparison: Comparison) -> list[Row]:
 
 
 def stated_pairs(task: TaskComparison) -> list[PairResult]:
-    """List the pairs, with the contest unless it is one of them, either way round."""
+    """List the pairs, with the contests that are not among them, either way round."""
     known = [{pair.arm, pair.reference} for pair in task.pairs]
-    contest = task.contest
-    new = contest is not None and {contest.arm, contest.reference} not in known
-    return [*task.pairs, *([contest] if contest and new else [])]
+    new = [pair for pair in task.contests if {pair.arm, pair.reference} not in known]
+    return [*task.pairs, *new]
 
 
 def seed_rows(task: TaskComparison) -> list[Row]:
@@ -80,6 +79,7 @@ def cost_rows(task: TaskComparison) -> list[Row]:
             "making": duration(arm.making_seconds),
             "training": duration(arm.training_seconds),
             "calibration": duration(arm.calibration_seconds),
+            "before it": duration(arm.source_seconds),
             "samples": _integer(arm.samples_seen),
             "device": arm.device or UNKNOWN,
         }

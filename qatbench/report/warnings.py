@@ -77,7 +77,7 @@ def _of_arms(arms: tuple[ArmResult, ...]) -> Iterable[ReportWarning | None]:
     yield _about(
         WarningCode.AT_CHANCE, {arm.name: f"{arm.name}: chance {arm.chance:.1%}" for arm in guess}
     )
-    grids = {arm.name: f"{arm.bits} bits g{arm.group_size}" for arm in arms if _quantized(arm)}
+    grids = {arm.name: arm.grid for arm in arms if _quantized(arm)}
     if len(set(grids.values())) > 1:
         yield _about(WarningCode.DIFFERENT_GRID, {a: f"{a}: {grid}" for a, grid in grids.items()})
     if not any(arm.method in CONTROL_METHODS for arm in arms):
@@ -94,9 +94,8 @@ def _about(code: WarningCode, details: dict[str, str]) -> ReportWarning | None:
 
 
 def _trained(arm: ArmResult) -> bool:
-    """Whether it was trained, as far as is known (PTQ of a trained checkpoint states it so)."""
-    by_method = arm.method in QAT_METHODS | CONTROL_METHODS
-    return by_method or arm.training_seconds is not None
+    """Whether it, or the compared arm that it was made from, was trained."""
+    return arm.method in QAT_METHODS | CONTROL_METHODS or arm.source_seconds is not None
 
 
 def _quantized(arm: ArmResult) -> bool:

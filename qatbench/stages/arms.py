@@ -17,6 +17,7 @@ from qatbench.report.model import CheckpointFacts
 from qatbench.stages.paired import Scores
 
 PREDICTIONS, METRICS, PROVENANCE = "predictions.jsonl", "metrics.json", "provenance.json"
+CHECKPOINT = "checkpoint.json"  # provenance of the checkpoint, kept beside the answers by `run`
 _SEED_FOLDER = re.compile(r"seed-(\d+)")
 
 Units = dict[str, tuple[Prediction, ...]]  # what is counted as one question -> its rows
@@ -30,6 +31,7 @@ class Run(NamedTuple):
     units: dict[str, Units]  # by task
     metrics: dict[str, TaskMetrics]  # by task
     provenance: dict[str, Any]  # {} where there is none: predictions made elsewhere
+    checkpoint: dict[str, Any]  # {} where there is none: a model that nothing was done to
     facts: CheckpointFacts
 
 
@@ -74,7 +76,9 @@ def load_arms(folders: Sequence[Path]) -> list[Arm]:
         damaged, repeats an id or disagrees with its metrics.json.
     """
     found = [(name, _run_folders(folder)) for name, folder in _named(folders)]
-    return [Arm(name, tuple(_load_run(*run) for run in runs)) for name, runs in found]
+    arms = [Arm(name, tuple(_load_run(*run) for run in runs)) for name, runs in found]
+    made = {_model(run): run for arm in arms for run in arm.runs if run.checkpoint}
+    return [Arm(arm.name, tuple(_with_sources(run, made) for run in arm.runs)) for arm in arms]
 
 
 def line_up(arms: Sequence[Arm], *, intersection: bool) -> list[Sheet]:
@@ -141,7 +145,29 @@ def _load_run(seed: int, folder: Path) -> Run:
                 hint=f"one of the two is stale: evaluate {folder} again",
             )
     provenance = _read_provenance(folder / PROVENANCE)
-    return Run(seed, folder, units, by_task, provenance, _facts(provenance, folder / PROVENANCE))
+    facts = _facts(provenance, folder / PROVENANCE)
+    checkpoint = _read_provenance(folder / CHECKPOINT)
+    return Run(seed, folder, units, by_task, provenance, checkpoint, facts)
+
+
+def _model(run: Run) -> str:
+    return str(section(section(run.provenance, "inputs"), "model").get("fingerprint"))
+
+
+def _with_sources(run: Run, made: dict[str, Run]) -> Run:
+    """Add what it took to make the compared checkpoints that this one was made from."""
+    seconds = [made[name].facts.making_seconds for name in _sources(run, made)]
+    known = [value for value in seconds if value is not None]
+    facts = run.facts.model_copy(update={"source_seconds": sum(known) if known else None})
+    return run._replace(facts=facts)
+
+
+def _sources(run: Run, made: dict[str, Run]) -> set[str]:
+    """Fingerprints of the compared checkpoints behind a run, those behind them included."""
+    inputs = section(run.checkpoint, "inputs")
+    names = [section(inputs, part).get("fingerprint") for part in ("model", "student")]
+    near = {name for name in (*names, inputs.get("teacher")) if name in made} - {_model(run)}
+    return near.union(*(_sources(made[name], made) for name in near))
 
 
 def _read_predictions(path: Path) -> dict[str, Units]:

@@ -109,21 +109,20 @@ def _compare_task(
         definition=_definition(arms, sheet, settings),
         arms=tuple(_arm_result(arm, sheet) for arm in arms),
         pairs=tuple(against(arm.name, baseline) for arm in arms if arm.name != baseline),
-        contest=None,
+        contests=(),
         warnings=(),
     )
-    qat, ptq = block.best("QAT"), block.best("PTQ")
-    contest = against(qat.name, ptq.name) if qat and ptq else None
+    grids = dict.fromkeys(arm.grid for arm in block.arms if arm.family in ("QAT", "PTQ"))
+    rivals = [(block.best("QAT", grid), block.best("PTQ", grid)) for grid in grids]
+    contests = tuple(against(qat.name, ptq.name) for qat, ptq in rivals if qat and ptq)
     disagree = tuple(arm.name for arm in arms if _metrics_disagree(arm, sheet.task))
     warnings = warnings_of(block.definition, block.arms, block.pairs, disagree)
-    return block.model_copy(update={"contest": contest, "warnings": warnings})
+    return block.model_copy(update={"contests": contests, "warnings": warnings})
 
 
 def _adjusted(tasks: list[TaskComparison]) -> tuple[TaskComparison, ...]:
     """Fill in Holm's p-values: one family of all pairs, a pair stated twice counted once."""
-    ids = [
-        (k, pair) for k, task in enumerate(tasks) for pair in (*task.pairs, task.contest) if pair
-    ]
+    ids = [(k, pair) for k, task in enumerate(tasks) for pair in (*task.pairs, *task.contests)]
     family = {(k, frozenset((pair.arm, pair.reference))): pair.p for k, pair in ids}
     adjusted = dict(zip(family, stats.holm(list(family.values())), strict=True)) if family else {}
 
@@ -135,7 +134,7 @@ def _adjusted(tasks: list[TaskComparison]) -> tuple[TaskComparison, ...]:
         task.model_copy(
             update={
                 "pairs": tuple(fill(k, pair) for pair in task.pairs),
-                "contest": task.contest and fill(k, task.contest),
+                "contests": tuple(fill(k, pair) for pair in task.contests),
                 "definition": task.definition.model_copy(update={"family_size": len(family)}),
             }
         )

@@ -110,7 +110,7 @@ def evaluate(
     progress("Loading the model", 0, 0)
     loaded = models.load(model, device=device, dtype=dtype, kernel=_kernel(settings, model))
     answered = time.monotonic()
-    rows, now = _answer_all(loaded, settings, asked, out / PARTIAL, progress)
+    rows, now = answer_all(loaded, settings, asked, out / PARTIAL, progress)
     seconds = time.monotonic() - answered
     _check_errors(rows, settings.max_errors)
     _write_predictions(rows, out, paths)
@@ -208,32 +208,24 @@ def _model_record(model: ModelFolder) -> dict[str, Any]:
 # --- answering ----------------------------------------------------------------------------------
 
 
+class Answered(NamedTuple):
+    """Predictions in the order asked."""
+
+    rows: list[Prediction]
+    now: int  # answered by this run, the others by an earlier one
+
+
 def answer_all(
     loaded: Loaded,
     settings: EvalSettings,
     asked: Mapping[str, Sequence[Question]],
     partial: Path,
     progress: Progress,
-) -> list[Prediction]:
-    """Answer all questions, batch by batch, appending to `partial`; in the order asked.
+) -> Answered:
+    """Answer all questions, batch by batch, appending to `partial`.
 
     What `partial` holds already is kept; its errors are tried again.
     """
-    return _answer_all(loaded, settings, asked, partial, progress).rows
-
-
-class _Answered(NamedTuple):
-    rows: list[Prediction]
-    now: int  # answered by this run, the others by an earlier one
-
-
-def _answer_all(
-    loaded: Loaded,
-    settings: EvalSettings,
-    asked: Mapping[str, Sequence[Question]],
-    partial: Path,
-    progress: Progress,
-) -> _Answered:
     encoder = Encoder(loaded)
     progress("Reading the questions", 0, 0)
     questions = [question for rows in asked.values() for question in rows]
@@ -251,7 +243,7 @@ def _answer_all(
             stream.write(_lines(rows))
             stream.flush()
             progress("Answering", len(done), len(items))
-    return _Answered([done[item.key] for item in items], len(items) - kept)
+    return Answered([done[item.key] for item in items], len(items) - kept)
 
 
 def _whole_batches(partial: Path, batches: Sequence[Sequence[Item]]) -> dict[Key, Prediction]:

@@ -215,9 +215,8 @@ class _Bench:
         )
         run.student.model.eval()
         asked = {f"fold-{fold}": self.parts[fold]}
-        return answer_all(
-            run.student, settings, asked, scratch / "predictions.jsonl", self._say("asking")
-        )
+        partial = scratch / "predictions.jsonl"
+        return answer_all(run.student, settings, asked, partial, self._say("asking")).rows
 
     def _say(self, title: str) -> Progress:
         return lambda what, done, total: self.progress(f"{title}: {what}", done, total)

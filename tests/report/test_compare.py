@@ -119,14 +119,49 @@ def test_holm_covers_all_tasks_and_counts_a_pair_once(tmp_path: Path) -> None:
     first, second = result.tasks
     assert [first.definition.task, second.definition.task] == [TASK, "mmbench:dev"]
     assert first.definition.family_size == 6  # (two pairs and the contest) x two tasks
-    assert first.contest is not None
-    assert (first.contest.arm, first.contest.reference) == ("qat", "rtn")
-    stated = [p for task in result.tasks for p in (*task.pairs, task.contest) if p]
+    (contest,) = first.contests
+    assert (contest.arm, contest.reference) == ("qat", "rtn")
+    stated = [p for task in result.tasks for p in (*task.pairs, *task.contests)]
     assert [p.p_holm for p in stated] == pytest.approx(stats.holm([p.p for p in stated]))
     for reference in (rtn, qat):  # the contest is one of the pairs, one way round or the other
         again = compare([base, rtn, qat], reference, draws=200)
         assert again.tasks[0].definition.family_size == 4
         assert len(pair_rows(again)) == 4
+
+
+def test_every_grid_has_its_own_contest(tmp_path: Path) -> None:
+    grids = {"w4": {"bits": 4, "group_size": 64}, "w3": {"bits": 3, "group_size": 64}}
+    scores = {"gptq-w4": 15, "awq-w4": 17, "qat-w4": 16, "gptq-w3": 12, "grace-w3": 14, "rtn-w2": 5}
+    folders = [
+        write_run(
+            tmp_path / name, predictions(pattern(20, right)),
+            method=name.split("-")[0], **grids.get(name[-2:], {"bits": 2}),
+        )
+        for name, right in scores.items()
+    ]  # fmt: skip
+    (task,) = compare(folders, folders[0], draws=100).tasks
+    assert [(p.arm, p.reference) for p in task.contests] == [
+        ("qat-w4", "awq-w4"), ("grace-w3", "gptq-w3"),
+    ]  # fmt: skip
+
+
+def test_cost_counts_what_a_checkpoint_was_made_from(tmp_path: Path) -> None:
+    def arm(name: str, seconds: float, inputs: dict[str, Any]) -> Path:
+        model = {"method": name, "making_seconds": seconds, "fingerprint": f"of-{name}"}
+        folder = write_run(tmp_path / name, predictions(pattern(10, 6)), **model)
+        damage(folder, "checkpoint.json", json.dumps({"inputs": inputs}))
+        return folder
+
+    student = {"student": {"fingerprint": "hub"}}
+    runs = [
+        arm("sft", 100, student | {"teacher": None}),
+        arm("grace", 30, student | {"teacher": "of-sft"}),
+        arm("gptq", 7, {"model": {"fingerprint": "of-grace"}}),
+        arm("rtn", 1, {"model": {"fingerprint": "hub"}}),
+    ]
+    (task,) = compare(runs, runs[0], draws=100).tasks
+    costs = {name: task.arm(name).cost_seconds for name in ("sft", "grace", "gptq", "rtn")}
+    assert costs == {"sft": 100, "grace": 130, "gptq": 137, "rtn": 1}
 
 
 def test_groups_are_right_when_all_rows_are(tmp_path: Path) -> None:

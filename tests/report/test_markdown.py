@@ -112,7 +112,7 @@ def comparison(contest: PairResult | None = None, *arms: ArmResult, **changes: A
         definition=definition(**changes),
         arms=chosen,
         pairs=tuple(pair(one, BASE) for one in chosen if one is not BASE),
-        contest=contest,
+        contests=(contest,) if contest else (),
         warnings=(ties,),
     )
     return Comparison(baseline="base", tasks=(task,))
@@ -163,8 +163,8 @@ def test_equivalent_arms_ship_the_cheaper_even_when_the_difference_is_sure() -> 
     text = words(comparison(contest))
     assert text.startswith("**Ship `gptq`**: the best QAT and the best PTQ arm are equivalent")
     assert "within ±1 points, and it cost no more" in text
-    dear = GPTQ.model_copy(update={"training_seconds": 900.0})
-    assert dear.cost_seconds == 930  # PTQ of a trained checkpoint: its training counts
+    dear = GPTQ.model_copy(update={"source_seconds": 900.0})
+    assert dear.cost_seconds == 961  # PTQ of a trained checkpoint: its training counts
     assert words(comparison(contest, BASE, dear, GRACE)).startswith("**Ship `grace`**")
 
 
@@ -172,6 +172,26 @@ def test_qat_below_ptq_ships_ptq() -> None:
     low = GRACE.model_copy(update={"accuracy": 0.6})
     text = words(comparison(pair(low, GPTQ), BASE, GPTQ, low))
     assert text.startswith("**Ship `gptq`**: the best QAT arm is below the best PTQ arm.")
+
+
+def test_arms_are_ranked_within_their_grid() -> None:
+    narrow = {"bits": 3, "accuracy": 0.5}
+    few = [a.model_copy(update=narrow | {"name": f"{a.name}-w3"}) for a in (GPTQ, GRACE)]
+    result = comparison(pair(GRACE, GPTQ), BASE, GPTQ, GRACE, *few)
+    second = pair(few[1], few[0], difference=-0.02, low=-0.03, high=-0.01)
+    task = result.tasks[0]
+    task = task.model_copy(update={"contests": (*task.contests, second)})
+    wide, thin = verdict(task, "base").split("\n\n")
+    assert wide.startswith("4 bits g64: **Ship `grace`**")
+    assert thin.startswith("3 bits g64: **Ship `gptq-w3`**: the best QAT arm is below")
+
+
+def test_arms_with_one_label_share_a_mark() -> None:
+    other = GPTQ.model_copy(update={"label": BASE.label, "notes": GRACE.notes})
+    text = render(comparison(None, BASE, other, GRACE))
+    assert "(1) `base`, `gptq`: weights dequantized from Q4_1." in text
+    assert text.count("(1)") == 3
+    assert "- `gptq`, `grace`: RCKA inactive: no images" in text
 
 
 def test_without_a_contest_the_best_quantized_arm_leads() -> None:
