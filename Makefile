@@ -1,7 +1,7 @@
 # qatbench: `make demo` and `make test` are all a new clone needs.
 VENV ?= .venv
 PYTHON ?= python3
-DATA ?= mini
+DATA ?= mini-text
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.qatbench-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 

@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--data", required=True)
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--dtype", default="bfloat16", help="of the library's model; ours is float32")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="of the library's model; ours is float32"
+    )
     parser.add_argument("--batch-size", type=int, default=stage.CALIBRATION_BATCH)
     parser.add_argument("--method", action="append", choices=["gptq", "awq"])
     given = parser.parse_args()

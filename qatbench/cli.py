@@ -15,6 +15,7 @@ import typer
 
 from qatbench import __version__
 from qatbench.cli_make import quantize_command, train_command
+from qatbench.cli_mini import app as mini_app
 from qatbench.cli_options import (
     Arms,
     BatchSize,
@@ -62,6 +63,7 @@ def _root(
 
 app.command("quantize")(quantize_command)
 app.command("train-qat")(train_command)
+app.add_typer(mini_app, name="mini")
 
 
 @app.command("eval")
@@ -90,7 +92,7 @@ def eval_command(
 ) -> None:
     """Answer the questions of a task and write predictions.jsonl and metrics.json.
 
-    Example: qatbench eval smollm2-135m --task scienceqa --data mini --limit 50 --out out/base
+    Example: qatbench eval smollm2-135m --task scienceqa --data mini-text --limit 50 --out out/base
     """
     from qatbench import store
     from qatbench.stages.evaluate import EvalSettings, evaluate
@@ -180,7 +182,7 @@ def run_command(
 ) -> None:
     """Run a whole recipe: make and evaluate what is missing, then compare. Resumes by itself.
 
-    Example: qatbench run recipes/demo.yaml --data mini
+    Example: qatbench run recipes/demo.yaml --data mini-text
     """
     from qatbench.recipe_file import load_recipe
     from qatbench.stages.grid_check import check_grid

@@ -96,7 +96,7 @@ def train_command(
     """Train STUDENT (sft, kd: 16 bit; qat, grace: on the integer grid) and write a checkpoint.
 
     Example: qatbench train-qat smollm2-135m --method qat --group-size 64 --steps 20
-    --train scienceqa:train --data mini --out out/qat
+    --train scienceqa:train --data mini-text --out out/qat
     """
     from qatbench.stages import train as stage
     from qatbench.stages.train_settings import TrainSettings

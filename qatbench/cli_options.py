@@ -14,7 +14,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: found.")]
 Data = Annotated[
     list[str] | None,
-    typer.Option("--data", help="[TASK=]PATH: a folder, a hub id, or `mini`. Repeatable."),
+    typer.Option(
+        "--data", help="[TASK=]PATH: a folder, a hub id, `mini` or `mini-text`. Repeatable."
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]

@@ -251,9 +251,9 @@ def test_data_without_a_task_needs_one_where_there_are_two(
 ) -> None:
     monkeypatch.setitem(selector.TASKS, "other", selector.TASKS["scienceqa"])
     tasks = ("--task", "scienceqa", "--task", "other", "--out", "x")
-    ended = qatbench("eval", model, *tasks, "--data", "mini")
+    ended = qatbench("eval", model, *tasks, "--data", "mini-text")
     assert ended.code == 2
-    assert ended.error_and_hint == ("--data mini: which task?", "--data TASK=PATH")
+    assert ended.error_and_hint == ("--data mini-text: which task?", "--data TASK=PATH")
 
 
 def test_data_for_another_task_is_a_usage_error() -> None:
@@ -549,7 +549,7 @@ def dry(qatbench: Qatbench, *flags: object) -> dict[str, Any]:
 
 def test_dry_run_takes_data_from_the_command_line(qatbench: Qatbench) -> None:
     assert dry(qatbench)["missing"] == ["scienceqa: ./not-there"]
-    assert dry(qatbench, "--data", "mini")["missing"] == []
+    assert dry(qatbench, "--data", "mini-text")["missing"] == []
     Path("not-there").mkdir()
     assert dry(qatbench)["missing"] == []
 

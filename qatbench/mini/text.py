@@ -18,9 +18,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qatbench import mini
 from qatbench.errors import UsageError
-from qatbench.mini import FAMILIES, Family, Item
+from qatbench.mini import words
+from qatbench.mini.words import FAMILIES, Family, Item
 
 SPLITS = ("train", "val", "test")
 _DEAL = ("train", "test", "train", "test", "val", "train", "test", "train", "test")  # 4 : 1 : 4
@@ -101,8 +101,8 @@ def _deal(rng: random.Random) -> dict[str, str]:
         groups: dict[str, list[str]] = {}
         for item in family.items:
             groups.setdefault(item[1] if family.rule == "label" else "", []).append(item[0])
-        for words in groups.values():
-            new = [word for word in words if word not in split_of]
+        for group in groups.values():
+            new = [word for word in group if word not in split_of]
             rng.shuffle(new)
             split_of.update((word, _DEAL[i % len(_DEAL)]) for i, word in enumerate(new))
     return split_of
@@ -202,7 +202,7 @@ def _plural(item: Item, template: str, pool: list[Item], rng: random.Random) -> 
 def _past(item: Item, template: str, pool: list[Item], rng: random.Random) -> Draft:
     base, past, rest = item
     regular = base + ("d" if base.endswith("e") else "ed")
-    who = rng.choice(mini.WHO)
+    who = rng.choice(words.WHO)
     text = template.format(x=base, who=who[0].lower() + who[1:], rest=rest)
     return Draft(text, past, [base, f"will {base}", regular, f"to {base}"])
 
@@ -215,7 +215,7 @@ def _sentence(item: Item, tense: str, who: str) -> str:
 
 def _tense(item: Item, template: str, pool: list[Item], rng: random.Random) -> Draft:
     """`template` is a tense, or "pick" and a tense."""
-    who, tense = rng.choice(mini.WHO), template.split()[-1]
+    who, tense = rng.choice(words.WHO), template.split()[-1]
     others = [other for other in ("past", "present", "future") if other != tense]
     sentence = _sentence(item, tense, who)
     if template == tense:
@@ -228,7 +228,7 @@ def _fragment(item: Item, template: str, pool: list[Item], rng: random.Random) -
     """Tell a complete sentence from a fragment; `template` names the one to find."""
 
     def write(verb: Item, kind: str) -> str:
-        who = rng.choice(mini.WHO)
+        who = rng.choice(words.WHO)
         whole = _sentence(verb, "past", who)
         lost_verb = f"{who} and {verb[2]}."
         lost_subject = f"{verb[1].capitalize()} {verb[2]} after school."
@@ -242,33 +242,33 @@ def _fragment(item: Item, template: str, pool: list[Item], rng: random.Random) -
 
 def _guide(item: Item, template: str, pool: list[Item], rng: random.Random) -> Draft:
     word = item[0]
-    low = rng.choice([guide for guide in mini.GUIDES if guide < word][-6:])
-    high = rng.choice([guide for guide in mini.GUIDES if guide > word][:6])
+    low = rng.choice([guide for guide in words.GUIDES if guide < word][-6:])
+    high = rng.choice([guide for guide in words.GUIDES if guide > word][:6])
     wrong = [other for other, _ in pool if not low <= other <= high]
     return Draft(template.format(low=low, high=high), word, wrong)
 
 
 def _story(item: Item, template: str, pool: list[Item], rng: random.Random) -> Draft:
     """Hide a thing: the hint names its place, and one wrong place too."""
-    (a, b), (here, there) = rng.sample(mini.NAMES, 2), rng.sample(mini.PLACES, 2)
+    (a, b), (here, there) = rng.sample(words.NAMES, 2), rng.sample(words.PLACES, 2)
     if "now" in template:
         hint = f"{a} found the {item[0]} in the {there} and carried it to the {here}."
     else:
         hint = f"{a} put the {item[0]} in the {here}. {b} looked for it in the {there}."
     text = template.format(x=item[0], a=a)
-    return Draft(text, f"in the {here}", [f"in the {place}" for place in mini.PLACES], hint)
+    return Draft(text, f"in the {here}", [f"in the {place}" for place in words.PLACES], hint)
 
 
 def _meal(item: Item, template: str, pool: list[Item], rng: random.Random) -> Draft:
-    morning, evening = rng.sample(mini.FOODS, 2)
+    morning, evening = rng.sample(words.FOODS, 2)
     hint = f"In this story, {_an(item[0])} eats {morning} in the morning and {evening} at night."
     right = morning if "morning" in template else evening
-    return Draft(template.format(x=item[0]), right, list(mini.FOODS), hint)
+    return Draft(template.format(x=item[0]), right, list(words.FOODS), hint)
 
 
 def _trade(item: Item, template: str, pool: list[Item], rng: random.Random) -> Draft:
     mine, theirs = item[0], rng.choice([other[0] for other in pool if other != item])
-    a, b = rng.sample(mini.NAMES, 2)
+    a, b = rng.sample(words.NAMES, 2)
     hint = f"{a} has {mine}. {b} has {theirs}. The two friends trade with each other."
     return Draft(template.format(a=a, b=b, x=mine), theirs, [other[0] for other in pool], hint)
 

@@ -10,6 +10,7 @@ from qatbench import store
 from qatbench.errors import UsageError
 from qatbench.recipe import TRAINED, Arm, Recipe
 from qatbench.stages.grid_check import peek
+from qatbench.tasks import selector
 from qatbench.vlm import layout
 
 # Floating-point operations a second that this project's own stages reached: used for estimates
@@ -63,7 +64,7 @@ def dry_run(
 
 def _there(path: str) -> bool:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    return path == "mini" or not looks_local or Path(path).exists()
+    return path in selector.BUILT_IN or not looks_local or Path(path).exists()
 
 
 def _weights(config: Mapping[str, Any]) -> int:

@@ -13,23 +13,25 @@ from typing import Any, cast, get_args
 
 from qatbench.errors import UsageError
 from qatbench.records import Question
-from qatbench.tasks import scienceqa
+from qatbench.tasks import mmbench, scienceqa
 from qatbench.tasks.scienceqa import Subset
 
-MINI = "mini"  # a data path of this name is the built-in benchmark
+BUILT_IN = ("mini", "mini-text")  # data paths that are drawn by qatbench.mini
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a data set's module offers: `load(source, split, subset=...)` and two facts."""
+    """What a data set's module offers: `load(source, split, subset=...)` and some facts."""
 
     load: Callable[..., list[Question]]
     default_source: str | None
     shareable: bool
+    default_split: str = "test"
 
 
 TASKS: dict[str, Task] = {
     "scienceqa": Task(scienceqa.load, "derek-thomas/ScienceQA", scienceqa.SHAREABLE),
+    "mmbench": Task(mmbench.load, "lmms-lab/MMBench", mmbench.SHAREABLE, "dev"),  # test: no answers
 }
 
 
@@ -47,7 +49,7 @@ class Selector:
 
 
 def parse(text: str) -> Selector:
-    """Read `TASK[:SPLIT[:all|text|image]]`; the split is `test` and the subset `all` if not given.
+    """Read `TASK[:SPLIT[:all|text|image]]`; the split not given is the one the task is scored on.
 
     Raises: UsageError on another form, an unknown task or an unknown subset.
     """
@@ -58,7 +60,7 @@ def parse(text: str) -> Selector:
         raise UsageError(
             f"{text!r} does not name questions", hint=f"write {task}:SPLIT[:all|text|image]"
         )
-    split, subset = (*rest, *("test", "all")[len(rest) :])
+    split, subset = (*rest, *(TASKS[task].default_split, "all")[len(rest) :])
     if subset not in get_args(Subset):
         raise UsageError(
             f"unknown subset {subset!r} in {text!r}", hint=f"subsets: {', '.join(get_args(Subset))}"
@@ -69,7 +71,7 @@ def parse(text: str) -> Selector:
 def load(selector: Selector, paths: Mapping[str, str]) -> list[Question]:
     """Load the questions a selector names.
 
-    `paths` says where a task's data are: "mini" for the built-in benchmark, or what the task's own
+    `paths` says where a task's data are: one of BUILT_IN, or what the task's own
     `load` takes. A task that is not in it is loaded from its usual place.
 
     Raises: UsageError if the task has no usual place and no path was given, and what its loader
@@ -80,16 +82,16 @@ def load(selector: Selector, paths: Mapping[str, str]) -> list[Question]:
     if source is None:
         raise UsageError(
             f"where the data of {selector.task} are is not known",
-            hint=f"give --data with the path of its files, or {MINI}",
+            hint=f"give --data with the path of its files, or {' or '.join(BUILT_IN)}",
         )
-    if source == MINI:
-        source = cast("Path", import_module("qatbench.mini").folder())
+    if source in BUILT_IN:
+        source = cast("Path", import_module("qatbench.mini").folder(source))
     return task.load(source, selector.split, subset=selector.subset)
 
 
 def shareable(task: str, source: str | None) -> bool:
     """Whether questions, options and images of `task` from `source` may be published."""
-    return source == MINI or TASKS[task].shareable
+    return source in BUILT_IN or TASKS[task].shareable
 
 
 def digest(questions: Iterable[Question]) -> str:

@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 
 from qatbench import mini
 from qatbench.errors import UsageError
-from qatbench.mini import text
+from qatbench.mini import text, words
 
 SIZES = {"train": 600, "val": 150, "test": 600}
 KEYS = [  # in the order of the original problems.json
@@ -171,9 +171,9 @@ def test_rules_answer_right() -> None:
 
 
 def test_labels_of_the_word_lists_do_not_overlap() -> None:
-    for family in mini.FAMILIES:
-        words = [item[0] for item in family.items]
-        assert len(set(words)) == len(words), family.skill
+    for family in words.FAMILIES:
+        asked = [item[0] for item in family.items]
+        assert len(set(asked)) == len(asked), family.skill
 
 
 def test_same_seed_same_bytes(benchmark: Path, tmp_path: Path) -> None:
@@ -211,16 +211,16 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_folder_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = mini.folder()
-    assert first == tmp_path / "qatbench" / f"mini-text-{mini.VERSION}-seed0"
+    first = mini.folder("mini-text")
+    assert first == tmp_path / "qatbench" / f"mini-text-{mini.VERSIONS['mini-text']}-seed0"
     made = (first / "problems.json").stat()
-    assert mini.folder() == first
+    assert mini.folder("mini-text") == first
     assert (first / "problems.json").stat().st_mtime_ns == made.st_mtime_ns
     assert (first / "problems.json").stat().st_ino == made.st_ino
 
 
 def _ask(_: int) -> str:
-    return str(mini.folder())
+    return str(mini.folder("mini-text"))
 
 
 def test_folder_is_safe_when_two_ask_at_once(

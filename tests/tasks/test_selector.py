@@ -62,12 +62,12 @@ def test_load_goes_to_the_given_the_built_in_or_the_usual_place(
 
     import qatbench.mini
 
-    monkeypatch.setattr(qatbench.mini, "folder", lambda: Path("built-in"), raising=False)
+    monkeypatch.setattr(qatbench.mini, "folder", lambda name: Path("built-in"), raising=False)
     monkeypatch.setitem(selector.TASKS, "scienceqa", selector.Task(fake, "owner/name", False))
     chosen = Selector("scienceqa", "val", "text")
 
     assert selector.load(chosen, {"scienceqa": "/data/sqa"}) == [ask(1)]
-    selector.load(chosen, {"scienceqa": "mini"})
+    selector.load(chosen, {"scienceqa": "mini-text"})
     selector.load(chosen, {})
 
     places = ["/data/sqa", Path("built-in"), "owner/name"]
@@ -81,7 +81,7 @@ def test_a_task_without_a_usual_place_asks_for_one(monkeypatch: pytest.MonkeyPat
 
 
 def test_only_the_built_in_benchmark_is_shareable() -> None:
-    assert selector.shareable("scienceqa", "mini")
+    assert selector.shareable("scienceqa", "mini-text")
     assert not selector.shareable("scienceqa", "/data/sqa")
     assert not selector.shareable("scienceqa", None)
 
