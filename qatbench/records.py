@@ -87,7 +87,10 @@ class Accuracy(Record):
 
 
 class TaskMetrics(Record):
-    """One task's figures in metrics.json; every count is of questions asked."""
+    """One task's figures in metrics.json.
+
+    Accuracies count questions, a circular one once; unparsed, errors and ties count rows.
+    """
 
     task: str
     protocol: str

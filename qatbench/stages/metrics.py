@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from math import prod
 
 from qatbench.records import Accuracy, Metrics, Prediction, TaskMetrics
 from qatbench.stats import wilson
+
+Unit = tuple[Prediction, ...]  # the rows of one question
 
 
 def summarize(
@@ -17,7 +20,11 @@ def summarize(
     seconds: float,
     timed: int | None = None,
 ) -> Metrics:
-    """Accuracy of each task, overall and by subject and modality, with what was not answered.
+    """Accuracy of each task, overall and by groups, with what was not answered.
+
+    The rows of a circular question count once: it is right when all of them are. Groups are the
+    modality and, where they are known, the subject; of circular data the two levels of category,
+    as the first pass states them. Unparsed rows, errors and ties are counted by row.
 
     `timed` of the rows were answered in these `seconds` (all if None): the others by a run that
     was cut off, which do not count for questions a second.
@@ -34,17 +41,38 @@ def summarize(
     )
 
 
-def _task(name: str, rows: Sequence[Prediction], protocol: str, mode: str) -> TaskMetrics:
-    groups: dict[str, dict[str, list[Prediction]]] = defaultdict(lambda: defaultdict(list))
+def units(rows: Sequence[Prediction]) -> list[Unit]:
+    """What counts as one question: the rows of one `meta.group`, first pass first, or a row alone.
+
+    A group without its first pass is left out, as every circular evaluator leaves it out.
+    """
+    joined: dict[tuple[str, ...], list[Prediction]] = defaultdict(list)
     for row in rows:
-        groups["modality"]["image" if row.meta.get("has_image") else "text"].append(row)
-        if row.meta.get("subject"):
-            groups["subject"][row.meta["subject"]].append(row)
+        group = row.meta.get("group")
+        joined[(row.id,) if group is None else ("group", str(group))].append(row)
+    ordered = [tuple(sorted(some, key=_pass)) for some in joined.values()]
+    return [some for some in ordered if _pass(some[0]) == 0 or "group" not in some[0].meta]
+
+
+def _pass(row: Prediction) -> int:
+    return int(row.meta.get("circular_pass", 0))
+
+
+def _task(name: str, rows: Sequence[Prediction], protocol: str, mode: str) -> TaskMetrics:
+    questions = units(rows)
+    groups: dict[str, dict[str, list[Unit]]] = defaultdict(lambda: defaultdict(list))
+    for question in questions:
+        meta = question[0].meta
+        groups["modality"]["image" if meta.get("has_image") else "text"].append(question)
+        kinds = ("category", "l2_category") if "circular_pass" in meta else ("subject",)
+        for kind in kinds:
+            if meta.get(kind):
+                groups[kind][meta[kind]].append(question)
     return TaskMetrics(
         task=name,
         protocol=protocol,
         mode=mode,
-        overall=accuracy(rows),
+        overall=accuracy(questions),
         unparsed=sum(row.status == "unparsed" for row in rows),
         errors=sum(row.status == "error" for row in rows),
         ties=sum(row.tie for row in rows),
@@ -52,15 +80,19 @@ def _task(name: str, rows: Sequence[Prediction], protocol: str, mode: str) -> Ta
     )
 
 
-def accuracy(rows: Sequence[Prediction]) -> Accuracy:
-    """Right over all asked, with the 95 % Wilson interval and the level of chance."""
-    right = sum(row.right for row in rows)
-    low, high = wilson(right, len(rows))
+def accuracy(questions: Sequence[Unit]) -> Accuracy:
+    """Right over all asked, with the 95 % Wilson interval and the level of chance.
+
+    All rows of a question have to be right, by guessing too.
+    """
+    right = sum(all(row.right for row in rows) for rows in questions)
+    low, high = wilson(right, len(questions))
     return Accuracy(
-        n=len(rows),
+        n=len(questions),
         right=right,
-        accuracy=right / len(rows),
+        accuracy=right / len(questions),
         low=low,
         high=high,
-        chance=sum(1 / len(row.choices) for row in rows) / len(rows),
+        chance=sum(prod(1 / len(row.choices) for row in rows) for rows in questions)
+        / len(questions),
     )

@@ -105,12 +105,12 @@ def answer(encoder: Encoder, batch: Sequence[Item]) -> list[Prediction]:
 
 def _answer(encoder: Encoder, batch: Sequence[Item]) -> list[Prediction]:
     if batch[0].error:
-        return [_row(item.question, status="error", error=item.error) for item in batch]
+        return [_row(item, status="error", error=item.error) for item in batch]
     prompts = [_with_pixels(encoder, item) for item in batch]
     if batch[0].answers is not None:
         rows = [OptionRow(p, item.answers or []) for p, item in zip(prompts, batch, strict=True)]
         scores = score_options(encoder.loaded, rows)
-        return [_scored(item.question, some) for item, some in zip(batch, scores, strict=True)]
+        return [_scored(item, some) for item, some in zip(batch, scores, strict=True)]
     texts = generate(encoder.loaded, prompts, batch[0].protocol.max_new_tokens)
     return [_extracted(item, text.strip()) for item, text in zip(batch, texts, strict=True)]
 
@@ -122,7 +122,8 @@ def _with_pixels(encoder: Encoder, item: Item) -> Encoded:
     return encoder.prompt(item.protocol.prompt(item.question), item.question.image)
 
 
-def _scored(question: Question, scores: Sequence[float]) -> Prediction:
+def _scored(item: Item, scores: Sequence[float]) -> Prediction:
+    question = item.question
     if not all(map(math.isfinite, scores)):
         raise NumericsError(
             f"question {question.id}: option scores are not finite: {scores}",
@@ -131,13 +132,13 @@ def _scored(question: Question, scores: Sequence[float]) -> Prediction:
     rounded = {k: round(v, DIGITS) for k, v in zip(question.options, scores, strict=True)}
     best = max(rounded.values())
     winners = [letter for letter, score in rounded.items() if score == best]
-    return _row(question, status="ok", chosen=winners[0], scores=rounded, tie=len(winners) > 1)
+    return _row(item, status="ok", chosen=winners[0], scores=rounded, tie=len(winners) > 1)
 
 
 def _extracted(item: Item, text: str) -> Prediction:
     chosen = item.protocol.extract(text, item.question.options)
     return _row(
-        item.question,
+        item,
         status="ok" if chosen else "unparsed",
         chosen=chosen,
         raw=text,
@@ -146,12 +147,15 @@ def _extracted(item: Item, text: str) -> Prediction:
     )
 
 
-def _row(question: Question, **fields: Any) -> Prediction:
+def _row(item: Item, **fields: Any) -> Prediction:
+    """A prediction; rows with one `group` count as one question, with one `pass_of` they do not."""
+    question = item.question
     meta = {
         "subject": question.subject,
         "category": question.category,
+        "l2_category": question.l2_category,
         "has_image": question.has_image,
-        "group": question.group,
+        "group" if item.protocol.circular else "pass_of": question.group,
         "circular_pass": question.circular_pass if question.group else None,
     }
     return Prediction(

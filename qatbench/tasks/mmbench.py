@@ -1,0 +1,299 @@
+"""MMBench (Liu et al., arXiv:2307.06281): one row -> Question, one split -> list of rows.
+
+Every pass of CircularEval is a row of its own, with its options already in their order: a row's
+index is question + pass * 10^6. Sources are a TSV in the original columns, parquet files in the
+schema of lmms-lab/MMBench, and a hub id with an optional configuration ("owner/name[/cn]").
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
+from qatbench.records import LETTERS, Question
+from qatbench.tasks.scienceqa import Subset
+
+SHAREABLE = False  # third-party texts and images, for research: not passed on with our results
+
+_PASS = 1_000_000  # index = question + pass * _PASS
+_LONGEST_INDEX = 64  # an image cell of at most so many characters is the index of another row
+_ALIAS = {"val": "dev", "validation": "dev"}
+_SPLITS = ("train", "dev", "test")  # what a file name may tell
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[a-z]+)?")
+_LAYOUT_HINT = (
+    "give a TSV with the columns index, question, A, B, answer and image, a folder that holds "
+    "one, a folder of parquet files, or a hub id such as lmms-lab/MMBench"
+)
+
+
+class _Images(NamedTuple):
+    """Where a row's image may come from besides its own cell."""
+
+    cells: Mapping[str, Any]  # image cell by row index, of the whole file
+    held: dict[bytes, bytes]  # each different image once: files repeat them in every pass
+
+
+def from_row(row: Mapping[str, Any]) -> Question:
+    """Make a Question from one raw row: column -> cell, None for an empty one.
+
+    "nan" stands for a missing hint, and in the hub's schema (known by its `L2-category`) for a
+    missing option; elsewhere it is a text. A row without an answer can be asked, not scored.
+
+    Raises: ArtifactError if a cell is missing or unusable, or the image is that of another row; it
+        names row and column, and holds no text of the row.
+    """
+    return _question(row, f"MMBench row {_index_text(row)}", _Images({}, {}))
+
+
+def load(source: str | Path, split: str, *, subset: Subset = "all") -> list[Question]:
+    """Read one split, all circular passes included, in the order of its file.
+
+    `source` is a TSV, a folder with one TSV or one a split (`mmbench_dev.tsv`), a parquet file or
+    a folder of them, or a hub id if no such path exists. A TSV tells its splits in the column
+    `split`, else by its name. `dev`, `val` and `validation` are one split. `subset` keeps all
+    rows, those without an image, or those with one.
+
+    Raises: PrerequisiteError if nothing is at `source` or the hub cannot be reached; UsageError if
+        there is no such split, it has no answers, or none of its rows is in `subset`;
+        ArtifactError if the data are damaged.
+    """
+    split = _ALIAS.get(split, split)
+    path = Path(source)
+    if path.exists():
+        file = _tsv_file(path, split)
+        questions = _from_tsv(file, split) if file else _from_parquet(path, split, source)
+    elif isinstance(source, str) and _HUB_ID.fullmatch(source):
+        questions = _from_parquet(_hub_folder(source, split), split, source)
+    else:
+        raise PrerequisiteError(f"no MMBench data at {source}", hint=_LAYOUT_HINT)
+    _check_complete(questions, source, split)
+    if subset != "all":
+        questions = [q for q in questions if q.has_image == (subset == "image")]
+    if not questions:
+        raise UsageError(
+            f"split {split} of {source} has no question in the subset {subset!r}",
+            hint="choose another split or subset",
+        )
+    return questions
+
+
+# --- one row ------------------------------------------------------------------------------------
+
+
+def _question(row: Mapping[str, Any], where: str, images: _Images) -> Question:
+    index = _index(row, where)
+    if (text := _cell(row, "question", where)) is None:
+        raise _bad(where, "question", "is missing")
+    options = _options(row, where)
+    gold = _cell(row, "answer", where)
+    if gold is not None and gold not in options:
+        raise _bad(where, "answer", "is not the letter of an option of this row")
+    hint = _cell(row, "hint", where) or ""
+    return Question(
+        id=str(index),
+        task="mmbench",
+        text=text,
+        options=options,
+        gold=gold,
+        hint="" if hint == "nan" else hint,
+        image=_image(row, where, images),
+        split=_cell(row, "split", where),
+        category=_cell(row, "category", where),
+        l2_category=_cell(row, "l2-category", where) or _cell(row, "L2-category", where),
+        group=str(index % _PASS),
+        circular_pass=index // _PASS,
+    )
+
+
+def _bad(where: str, field: str, why: str) -> ArtifactError:
+    return ArtifactError(f"{where}: {field} {why}", hint="get the data again, or repair this row")
+
+
+def _is_empty(cell: object) -> bool:
+    return cell is None or cell == "" or (isinstance(cell, float) and cell != cell)  # pandas' NaN
+
+
+def _cell(row: Mapping[str, Any], field: str, where: str) -> str | None:
+    cell = row.get(field)
+    if _is_empty(cell):
+        return None
+    if not isinstance(cell, str):
+        raise _bad(where, field, f"is {type(cell).__name__}, not text")
+    return cell
+
+
+def _index(row: Mapping[str, Any], where: str) -> int:
+    if (text := _index_text(row)) == "?":
+        raise _bad(where, "index", "is missing or not a whole number")
+    return int(text)
+
+
+def _index_text(row: Mapping[str, Any]) -> str:
+    """The index for a message; a cell that is none may hold text of the row, and is not shown."""
+    text = str(row.get("index"))
+    return str(int(text)) if re.fullmatch("[0-9]+", text) else "?"
+
+
+def _options(row: Mapping[str, Any], where: str) -> dict[str, str]:
+    options = {letter: _cell(row, letter, where) for letter in LETTERS}
+    missing = "nan" if "L2-category" in row else None
+    present = {letter: text for letter, text in options.items() if text and text != missing}
+    if len(present) < 2:
+        raise _bad(where, "options", "are fewer than two")
+    return present
+
+
+def _image(row: Mapping[str, Any], where: str, images: _Images) -> bytes | None:
+    """Find the encoded image; an empty cell is a question without one."""
+    cell = row.get("image")
+    if isinstance(cell, str) and 0 < len(cell) <= _LONGEST_INDEX:
+        if not re.fullmatch("[0-9]+", cell):
+            raise _bad(where, "image", "is neither an image nor the index of a row")
+        source = images.cells.get(str(int(cell)))
+        if _is_empty(source) or (isinstance(source, str) and len(source) <= _LONGEST_INDEX):
+            raise _bad(where, "image", f"is that of row {cell}, which is not there or has none")
+        cell = source
+    if _is_empty(cell):
+        return None
+    if isinstance(cell, Mapping):  # the hub's, with the path it once had
+        cell = cell.get("bytes")
+    elif isinstance(cell, str):
+        try:
+            cell = base64.b64decode(cell, validate=True)
+        except ValueError as error:
+            raise _bad(where, "image", "is not base64: it is cut or damaged") from error
+    if not isinstance(cell, bytes) or not cell:
+        raise _bad(where, "image", f"is {type(cell).__name__}, not an encoded image")
+    return images.held.setdefault(cell, cell)
+
+
+# --- a split ------------------------------------------------------------------------------------
+
+
+def _check_complete(questions: list[Question], source: str | Path, split: str) -> None:
+    if questions and all(question.gold is None for question in questions):
+        raise UsageError(
+            f"split {split} of {source} has no answers",
+            hint="choose a split that has them: of the public ones that is dev",
+        )
+    seen: set[str] = set()
+    for question in questions:
+        where = f"{source}, row with index {question.id}"
+        if question.gold is None:
+            raise _bad(where, "answer", "is missing")
+        if question.id in seen:
+            raise _bad(where, "index", "is there twice")
+        seen.add(question.id)
+
+
+def _no_split(source: str | Path, split: str, there: Iterable[str | None]) -> UsageError:
+    known = ", ".join(dict.fromkeys(name for name in there if name))
+    return UsageError(f"{source} has no split {split!r}", hint=f"splits there: {known or 'none'}")
+
+
+def _named_split(file: Path) -> str | None:
+    """The split that a file's name tells (`mmbench_dev_en_20231003`, `MMBench_DEV_EN`)."""
+    parts = (_ALIAS.get(part, part) for part in re.split("[^a-z]+", file.stem.lower()))
+    return next((part for part in parts if part in _SPLITS), None)
+
+
+def _tsv_file(path: Path, split: str) -> Path | None:
+    """Find the TSV that holds `split`; None if `path` is or has none."""
+    if not path.is_dir():
+        return None if path.suffix == ".parquet" else path
+    if (plain := path / f"mmbench_{split}.tsv").is_file():
+        return plain
+    files = sorted(path.glob("*.tsv"))
+    fitting = [file for file in files if len(files) == 1 or _named_split(file) == split]
+    if files and not fitting:
+        raise _no_split(path, split, map(_named_split, files))
+    if len(fitting) > 1:
+        raise UsageError(
+            f"{path} has several files of split {split}: {', '.join(f.name for f in fitting)}",
+            hint=f"name one of them: --data mmbench={fitting[0]}",
+        )
+    return fitting[0] if fitting else None
+
+
+def _from_tsv(file: Path, split: str) -> list[Question]:
+    rows = _read_tsv(file)
+    stated = [_ALIAS.get(row.get("split", ""), row.get("split")) for row in rows]
+    if not any(stated):  # a file that names no split is the one that is asked for
+        stated = [_named_split(file) or split] * len(rows)
+    if split not in stated:
+        raise _no_split(file, split, stated)
+    images = _Images({_index_text(row): row.get("image") for row in rows}, {})
+    questions = []
+    for n, (row, its_split) in enumerate(zip(rows, stated, strict=True), start=1):
+        where = f"{file}, row {n} (index {_index_text(row)})"
+        if not its_split:
+            raise _bad(where, "split", "is missing: the row may be cut")
+        if its_split == split:
+            questions.append(_question(row, where, images))
+    return questions
+
+
+def _read_tsv(file: Path) -> list[dict[str, str]]:
+    """Rows as pandas splits them, but every cell as its text: "NA" is an option, not a gap."""
+    import pandas
+
+    try:
+        table = pandas.read_csv(file, sep="\t", dtype=str, na_filter=False)
+    except (OSError, ValueError) as error:  # the parser's and the decoder's are ValueErrors
+        raise ArtifactError(f"cannot read {file}: {error}".strip(), hint=_LAYOUT_HINT) from error
+    absent = [name for name in ("index", "question", "A", "B") if name not in table.columns]
+    if absent:
+        raise ArtifactError(f"{file} has no column {absent[0]}", hint=_LAYOUT_HINT)
+    if not isinstance(table.index, pandas.RangeIndex):  # pandas made row names of the first cells
+        raise ArtifactError(f"{file}: rows have more cells than the header", hint=_LAYOUT_HINT)
+    return [{str(name): cell for name, cell in row.items()} for row in table.to_dict("records")]
+
+
+# --- parquet and the hub ------------------------------------------------------------------------
+
+
+def _from_parquet(path: Path, split: str, source: str | Path) -> list[Question]:
+    below = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
+    files = [path] if path.is_file() else below
+    if not files:
+        raise ArtifactError(f"{source} holds no MMBench data", hint=_LAYOUT_HINT)
+    if split not in map(_named_split, files):
+        raise _no_split(source, split, map(_named_split, files))
+    images = _Images({}, {})
+    return [
+        _question({**row, "split": split}, f"{file}, row {n} (index {_index_text(row)})", images)
+        for file in files
+        if _named_split(file) == split
+        for n, row in enumerate(_parquet_rows(file), start=1)
+    ]
+
+
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ArtifactError(f"cannot read {file}: {error}", hint=_LAYOUT_HINT) from error
+
+
+def _hub_folder(name: str, split: str) -> Path:
+    """Folder of one configuration's parquet files of a split, downloaded or from the cache."""
+    from huggingface_hub import snapshot_download
+
+    owner, repository, part = [*name.split("/"), "en"][:3]
+    try:
+        folder = snapshot_download(
+            f"{owner}/{repository}", repo_type="dataset", allow_patterns=f"{part}/{split}-*.parquet"
+        )
+    except Exception as error:
+        raise PrerequisiteError(
+            f"cannot load {name} from the hub: {type(error).__name__}: {error}",
+            hint="check the network, set HF_HUB_OFFLINE=1 to use a cached copy, or " + _LAYOUT_HINT,
+        ) from error
+    return Path(folder) / part
