@@ -185,13 +185,13 @@ def run_command(
     Example: qatbench run recipes/demo.yaml --data mini-text
     """
     from qatbench.recipe_file import load_recipe
-    from qatbench.stages.grid_check import check_grid
+    from qatbench.stages.grid_check import check_grid, check_name
     from qatbench.tasks import selector
 
     ui = Ui(as_json=as_json)
     if not resume:
         raise UsageError("run always goes on where it stopped", hint="delete its results folder")
-    checked = load_recipe(recipe, check_grid)
+    checked = load_recipe(recipe, check_grid, check_name)
     tasks = sorted({selector.parse(text).task for text in checked.data.eval})
     paths = data_paths(data, tasks)
     if dry_run:
@@ -239,13 +239,13 @@ def tune_command(
     Example: qatbench tune recipes/smol-scienceqa.yaml --data DIR
     """
     from qatbench.recipe_file import load_recipe
-    from qatbench.stages.grid_check import check_grid
+    from qatbench.stages.grid_check import check_grid, check_name
     from qatbench.stages.tune import jobs_of, tune
     from qatbench.stages.workers import run_jobs
     from qatbench.tasks import selector
 
     ui = Ui(as_json=as_json)
-    checked = load_recipe(recipe, check_grid)
+    checked = load_recipe(recipe, check_grid, check_name)
     if checked.tuning is None:
         raise UsageError(f"{recipe} has no `tuning` section", hint="see docs/recipes.md")
     paths = data_paths(data, [selector.parse(checked.tuning.data).task])

@@ -12,15 +12,36 @@ import yaml
 from pydantic import ValidationError
 
 from qatbench.errors import QatbenchError, RecipeError
-from qatbench.recipe import NAME, QUANTIZED, TAUGHT, TRAINED, Arm, ArmRef, GridSpec, Recipe
+from qatbench.recipe import (
+    NAME,
+    QUANTIZED,
+    TAUGHT,
+    TRAINED,
+    Arm,
+    ArmRef,
+    BetaSpec,
+    GridSpec,
+    Recipe,
+    TrainingSpec,
+)
 
 HINT = "docs/recipes.md shows every key"
 GridCheck = Callable[[str, int, int], list[str]]
 """(model name, bits, group size) -> problems; raises QatbenchError when the model is not there."""
+NameCheck = Callable[[str, str], str | None]
+"""(`questions`, `protocol` or `format`, text) -> what is wrong with that name."""
+BETA = "beta_"  # a candidate's key with this start is a value of the controller
 
 
-def load_recipe(path: Path, check_grid: GridCheck | None = None) -> Recipe:
+def load_recipe(
+    path: Path, check_grid: GridCheck | None = None, check_name: NameCheck | None = None
+) -> Recipe:
     """Read and check a recipe.
+
+    Args:
+        path: YAML file.
+        check_grid: whether a grid fits the student; not checked without it.
+        check_name: whether questions, protocols and prompt formats are known; likewise.
 
     Raises: RecipeError listing every problem found, each with its line.
     """
@@ -42,6 +63,8 @@ def load_recipe(path: Path, check_grid: GridCheck | None = None) -> Recipe:
         known = set(content["arms"]) if isinstance(content.get("arms"), dict) else set()
         problems += _graph_problems(recipe, lines, known)
         problems += _grid_problems(recipe, lines, check_grid, touched)
+        problems += _name_problems(recipe, lines, check_name) if check_name else []
+        problems += _tuning_problems(recipe, lines)
     problems = lines.repeated + problems
     if recipe is None or problems:
         raise RecipeError("\n".join(dict.fromkeys(problems)), hint=HINT)
@@ -167,6 +190,45 @@ def _arm_problems(recipe: Recipe, name: str, arm: Arm, lines: _Lines, known: set
     except ValidationError as error:
         found += [(f"training.{'.'.join(map(str, e['loc']))}", e["msg"]) for e in error.errors()]
     return [lines.say(("arms", name, *filter(None, key.split("."))), why) for key, why in found]
+
+
+def _name_problems(recipe: Recipe, lines: _Lines, check: NameCheck) -> list[str]:
+    data = recipe.data
+    names: list[tuple[tuple[str, ...], str, str]] = [
+        (("data", "eval"), "questions", text) for text in data.eval
+    ]
+    for key, text in (("train", data.train), ("calibration", data.calibration)):
+        names += [(("data", key), "questions", text)] if text else []
+    if recipe.tuning:
+        names.append((("tuning", "data"), "questions", recipe.tuning.data))
+    names.append((("evaluation", "protocol"), "protocol", recipe.evaluation.protocol))
+    names += [(("training", "formats"), "format", name) for name in recipe.training.formats]
+    for arm, spec in recipe.arms.items():
+        own = spec.training.get("formats")
+        given = own if isinstance(own, (list, tuple)) else ()
+        names += [(("arms", arm, "training", "formats"), "format", str(n)) for n in given]
+    told = ((where, check(kind, text)) for where, kind, text in names)
+    return [lines.say(where, why) for where, why in told if why]
+
+
+def _tuning_problems(recipe: Recipe, lines: _Lines) -> list[str]:
+    problems = []
+    for arm, candidates in (recipe.tuning.candidates if recipe.tuning else {}).items():
+        where = ("tuning", "candidates", arm)
+        if arm not in recipe.arms or recipe.arms[arm].kind not in TRAINED:
+            problems.append(lines.say(where, "no arm of this name is trained"))
+        for given in candidates:
+            beta = {k.removeprefix(BETA): v for k, v in given.items() if k.startswith(BETA)}
+            rest = {k: v for k, v in given.items() if not k.startswith(BETA)}
+            try:
+                TrainingSpec.model_validate(recipe.training.model_dump() | rest)
+                BetaSpec.model_validate(beta)
+            except ValidationError as error:
+                told = error.errors()
+                problems += [
+                    lines.say(where, f"{'.'.join(map(str, e['loc']))}: {e['msg']}") for e in told
+                ]
+    return problems
 
 
 def _is_name(name: str) -> bool:

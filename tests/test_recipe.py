@@ -9,7 +9,7 @@ import pytest
 from qatbench.errors import PrerequisiteError, RecipeError
 from qatbench.recipe import Recipe
 from qatbench.recipe_file import load_recipe
-from qatbench.stages.grid_check import check_grid
+from qatbench.stages.grid_check import check_grid, check_name
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
 
@@ -324,6 +324,45 @@ def test_an_impossible_date_is_not_a_bug(write: Callable[[str], Path]) -> None:
 def test_two_arms_of_one_name_are_a_problem(arms: Callable[[str], Recipe]) -> None:
     text = "sft: {kind: sft}\nqat: {kind: qat}\nqat: {kind: qat, training: {lr: 1}}"
     assert any("qat" in line for line in problems(lambda: arms(text)))
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "what"),
+    [
+        ("eval: scienceqa:test:text", "eval: scienceqa:test:pictures", 7, "unknown subset"),
+        ("train: scienceqa:train:text", "train: trivia:train", 5, "data.train: unknown task"),
+        ("name: small", "evaluation: {protocol: llava}\nname: small", 1, "unknown protocol"),
+        ("name: small", "training: {formats: [qatbench, choice]}\nname: small", 1, "'choice'"),
+    ],
+)
+def test_an_unknown_name_is_told_with_its_line(
+    write: Callable[[str], Path], old: str, new: str, line: int, what: str
+) -> None:
+    assert old in HEAD
+    text = HEAD.replace(old, new) + "  sft: {kind: sft, training: {formats: [choices]}}\n"
+    found = problems(lambda: load_recipe(write(text), check_grid, check_name))
+    assert len(found) == 1, found
+    assert found[0].startswith(f"{line}: ")
+    assert what in found[0]
+
+
+def test_candidates_are_checked_before_they_are_trained(write: Callable[[str], Path]) -> None:
+    tuning = (
+        "tuning:\n  data: scienceqa:train:text\n  candidates:\n"
+        "    sft: [{lr: 1.0e-4}, {lrr: 1.0}]\n    gone: [{lr: 1.0e-4}]\n"
+        "    sfg: [{beta_rate: -1, lr: 1.0e-4}]\n"
+    )
+    text = tuning + HEAD + "  sft: {kind: sft}\n  sfg: {kind: grace}\n"
+    found = problems(lambda: load_recipe(write(text), check_grid, check_name))
+    assert [line.split(": ")[:2] for line in found] == [
+        ["4", "tuning.candidates.sft"],
+        ["5", "tuning.candidates.gone"],
+        ["6", "tuning.candidates.sfg"],
+    ]
+    assert "lrr: Extra inputs" in found[0]
 
 
 # --- many problems ------------------------------------------------------------------------------

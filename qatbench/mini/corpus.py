@@ -32,9 +32,8 @@ from qatbench.tasks import protocols
 LENGTH = 128
 OPENING = 2  # tokens before the visual ones: `USER :`
 TEXTS = tuple(name for name in KINDS if name not in PICTURES)
-CHOICES = "choices"
 FORMATS = {  # how questions are put: protocols, and the options' texts listed before `Answer:`
-    "qatbench": 8, CHOICES: 3, "llava-sqa": 4, "lmms-sqa": 1, "grace-sqa": 3,
+    "qatbench": 8, protocols.CHOICES: 3, "llava-sqa": 4, "lmms-sqa": 1, "grace-sqa": 3,
     "scienceqa-official": 1,
 }  # fmt: skip
 
@@ -136,12 +135,7 @@ def _question(rng: random.Random, made: Made) -> Row:
     question = Question(
         id="0", task="scienceqa", text=made.text, options=options, gold=gold, hint=made.hint
     )
-    protocol = protocols.get("qatbench" if name == CHOICES else name)
-    text = protocol.prompt(question)
-    if name == CHOICES:
-        listed = "; ".join(made.choices)
-        text = text.removesuffix("Answer:") + f"Choices: {listed}\nAnswer:"
-    answer = protocol.continuation(question, gold)
+    text, answer = protocols.with_answer(question, name)
     return _row(text, answer, ANSWER, picture=made.grid is not None)
 
 

@@ -1,4 +1,4 @@
-"""Does a grid fit a model? From config.json alone: recipes are checked before torch is imported."""
+"""What a recipe names: grids that must fit, questions, protocols, formats. No torch is imported."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from qatbench import store
-from qatbench.errors import PrerequisiteError
+from qatbench.errors import PrerequisiteError, UsageError
+from qatbench.tasks import protocols, selector
 from qatbench.vlm import builtin, layout
 
 
@@ -14,6 +15,18 @@ def check_grid(student: str, bits: int, group_size: int) -> list[str]:
     """Problems of a grid with a model, from its config alone; [] for a hub id not looked up yet."""
     config = peek(student)
     return layout.grid_problems(config, bits, group_size) if config else []
+
+
+def check_name(kind: str, text: str) -> str | None:
+    """Say what is wrong with the name of `questions`, a `protocol` or a prompt `format`; or None."""
+    try:
+        if kind == "questions":
+            selector.parse(text)
+        elif not (kind == "format" and text == protocols.CHOICES):
+            protocols.get(text)
+    except UsageError as error:
+        return f"{error.message} ({error.hint})"
+    return None
 
 
 def peek(name: str) -> dict[str, Any] | None:

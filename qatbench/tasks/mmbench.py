@@ -22,7 +22,6 @@ SHAREABLE = False  # third-party texts and images, for research: not passed on w
 _PASS = 1_000_000  # index = question + pass * _PASS
 _LONGEST_INDEX = 64  # an image cell of at most so many characters is the index of another row
 _ALIAS = {"val": "dev", "validation": "dev"}
-_SPLITS = ("train", "dev", "test")  # what a file name may tell
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[a-z]+)?")
 _LAYOUT_HINT = (
     "give a TSV with the columns index, question, A, B, answer and image, a folder that holds "
@@ -113,6 +112,10 @@ def _bad(where: str, field: str, why: str) -> ArtifactError:
     return ArtifactError(f"{where}: {field} {why}", hint="get the data again, or repair this row")
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _is_empty(cell: object) -> bool:
     return cell is None or cell == "" or (isinstance(cell, float) and cell != cell)  # pandas' NaN
 
@@ -159,13 +162,13 @@ def _image(row: Mapping[str, Any], where: str, images: _Images) -> bytes | None:
         cell = source
     if _is_empty(cell):
         return None
-    if isinstance(cell, Mapping):  # the hub's, with the path it once had
-        cell = cell.get("bytes")
-    elif isinstance(cell, str):
+    if isinstance(cell, str):
         try:
             cell = base64.b64decode(cell, validate=True)
         except ValueError as error:
             raise _bad(where, "image", "is not base64: it is cut or damaged") from error
+    elif isinstance(cell, Mapping):  # the hub's, with the path it once had
+        cell = cell.get("bytes")
     if not isinstance(cell, bytes) or not cell:
         raise _bad(where, "image", f"is {type(cell).__name__}, not an encoded image")
     return images.held.setdefault(cell, cell)
@@ -176,10 +179,7 @@ def _image(row: Mapping[str, Any], where: str, images: _Images) -> bytes | None:
 
 def _check_complete(questions: list[Question], source: str | Path, split: str) -> None:
     if questions and all(question.gold is None for question in questions):
-        raise UsageError(
-            f"split {split} of {source} has no answers",
-            hint="choose a split that has them: of the public ones that is dev",
-        )
+        raise UsageError(f"split {split} of {source} has no answers", hint="public answers: dev")
     seen: set[str] = set()
     for question in questions:
         where = f"{source}, row with index {question.id}"
@@ -198,7 +198,7 @@ def _no_split(source: str | Path, split: str, there: Iterable[str | None]) -> Us
 def _named_split(file: Path) -> str | None:
     """The split that a file's name tells (`mmbench_dev_en_20231003`, `MMBench_DEV_EN`)."""
     parts = (_ALIAS.get(part, part) for part in re.split("[^a-z]+", file.stem.lower()))
-    return next((part for part in parts if part in _SPLITS), None)
+    return next((part for part in parts if part in ("train", "dev", "test")), None)
 
 
 def _tsv_file(path: Path, split: str) -> Path | None:
@@ -244,7 +244,7 @@ def _read_tsv(file: Path) -> list[dict[str, str]]:
     try:
         table = pandas.read_csv(file, sep="\t", dtype=str, na_filter=False)
     except (OSError, ValueError) as error:  # the parser's and the decoder's are ValueErrors
-        raise ArtifactError(f"cannot read {file}: {error}".strip(), hint=_LAYOUT_HINT) from error
+        raise ArtifactError(f"cannot read {file}: {_one_line(error)}", hint=_LAYOUT_HINT) from error
     absent = [name for name in ("index", "question", "A", "B") if name not in table.columns]
     if absent:
         raise ArtifactError(f"{file} has no column {absent[0]}", hint=_LAYOUT_HINT)
@@ -293,7 +293,7 @@ def _hub_folder(name: str, split: str) -> Path:
         )
     except Exception as error:
         raise PrerequisiteError(
-            f"cannot load {name} from the hub: {type(error).__name__}: {error}",
+            f"cannot load {name} from the hub: {type(error).__name__}: {_one_line(error)}",
             hint="check the network, set HF_HUB_OFFLINE=1 to use a cached copy, or " + _LAYOUT_HINT,
         ) from error
     return Path(folder) / part

@@ -22,6 +22,7 @@ from qatbench.tasks import extract, extract_mmbench
 from qatbench.tasks import protocols_prompts as prompts
 from qatbench.tasks.protocols_prompts import IMAGE_MARK
 
+CHOICES = "choices"  # a form for training: `qatbench` with the options' texts before `Answer:`
 VICUNA_V1 = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
@@ -68,6 +69,19 @@ def get(name: str) -> Protocol:
 def names() -> list[str]:
     """List the names `get` knows, the recommended protocol first."""
     return list(_PROTOCOLS)
+
+
+def with_answer(question: Question, name: str) -> tuple[str, str]:
+    """(prompt, answer) of a question with a gold answer, by a protocol or in the form `choices`.
+
+    Raises: UsageError if there is no protocol of that name.
+    """
+    protocol = get("qatbench" if name == CHOICES else name)
+    text, answer = protocol.prompt(question), protocol.continuation(question, str(question.gold))
+    if name == CHOICES:
+        listed = "; ".join(question.options.values())
+        text = text.removesuffix("Answer:") + f"Choices: {listed}\nAnswer:"
+    return text, answer
 
 
 # --- what option mode scores --------------------------------------------------------------------

@@ -20,9 +20,6 @@ from qatbench.tasks import protocols
 from qatbench.vlm.batch import Encoded, Encoder, pixel_batch
 from qatbench.vlm.load import Loaded
 
-CHOICES = "choices"
-"""Training format: the `qatbench` prompt with the shuffled options' texts before `Answer:`."""
-
 PACK = 512
 """Tokens of a packed sequence; a longer row has one for itself."""
 
@@ -66,7 +63,7 @@ class TrainingData:
         if not questions or not formats:
             raise UsageError("training needs questions and at least one prompt format")
         for name in formats:
-            if name != CHOICES:
+            if name != protocols.CHOICES:
                 protocols.get(name)
         for question in questions:
             if question.gold is None:
@@ -93,7 +90,7 @@ class TrainingData:
         draw = random.Random(f"{self.seed}/{position}")
         name = draw.choice(self.formats)
         question = _shuffled(question, draw)
-        text, answer = _put(question, name)
+        text, answer = protocols.with_answer(question, name)
         prompt = self.encoder.prompt(text, question.image)
         return Row(prompt, self.encoder.answer(prompt, answer) + self.end)
 
@@ -166,15 +163,3 @@ def _shuffled(question: Question, draw: random.Random) -> Question:
     options = {letter: text for letter, (_, text) in zip(LETTERS, texts, strict=False)}
     gold = next(new for new, (old, _) in zip(LETTERS, texts, strict=False) if old == question.gold)
     return question.model_copy(update={"options": options, "gold": gold})
-
-
-def _put(question: Question, name: str) -> tuple[str, str]:
-    """(prompt, answer) of a question with a gold answer in one format."""
-    gold = str(question.gold)
-    if name != CHOICES:
-        protocol = protocols.get(name)
-        return protocol.prompt(question), protocol.continuation(question, gold)
-    plain = protocols.get("qatbench")
-    listed = "; ".join(question.options.values())
-    text = plain.prompt(question).removesuffix("Answer:") + f"Choices: {listed}\nAnswer:"
-    return text, plain.continuation(question, gold)

@@ -255,6 +255,7 @@ def test_damaged_files_are_artifact_errors(tmp_path: Path, content: str, told: s
     assert told in caught.value.message
     assert str(file) in caught.value.message
     assert SECRET not in caught.value.message
+    assert "\n" not in caught.value.message
     assert caught.value.hint
 
 
@@ -330,6 +331,7 @@ def test_an_unreachable_hub_is_a_missing_prerequisite(monkeypatch: pytest.Monkey
     with pytest.raises(PrerequisiteError, match="cannot load lmms-lab/MMBench") as caught:
         mmbench.load("lmms-lab/MMBench", "dev")
     assert "HF_HUB_OFFLINE" in caught.value.hint
+    assert "\n" not in caught.value.message
 
 
 # --- the task -----------------------------------------------------------------------------------

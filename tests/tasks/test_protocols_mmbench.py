@@ -103,8 +103,9 @@ def test_llava_stops_at_the_first_gap_and_the_others_skip_it() -> None:
         ("Because", "B-----B"),
         ("hot dog", "------D"),
         ("caterpillar", "------C"),
-        ("Z", "-------"),
-        ("E", "-------"),
+        ("Z dog", "BB----D"),  # Z declines, even beside an option's text
+        ("E dog", "--BBBBD"),  # for lmms-eval E is a letter of every question
+        ("E. dog", "--BBBBD"),
         ("Cannot determine the answer, maybe B", "BB----C"),
         ("Failed to obtain answer via API. B", "B-----A"),
         ("", "-------"),
@@ -114,6 +115,23 @@ def test_extractors_with_their_oddities(response: str, expected: str) -> None:
     names = [*NAMES[1:7], "grace-mmbench"]
     got = "".join(extract(name, response, ANIMALS) or "-" for name in names)
     assert got == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("B-x(A) so +C", "B"),  # first before last, last before brackets
+        ("xB x(A) so +C", "C"),
+        ("xB x(A) so xC", "A"),  # brackets before any letter
+        ("Not xD. but answer is *B* now", "B"),  # a phrase before a stop
+        ("an answer is *C* or *B*, the answer is *C* now", "C"),  # the longer phrase comes later
+        ("xA xB xC", "C"),
+        ('\'"B: see(A)?!"', "B"),
+    ],
+)
+def test_the_second_parser_of_lmms_ranks_the_forms(response: str, expected: str) -> None:
+    assert extract("lmms-mmbench-static", response, ANIMALS) == expected
+    assert extract("lmms-mmbench-openai", response, ANIMALS) is None
 
 
 def test_a_missing_option_is_the_text_nan_for_lmms() -> None:
