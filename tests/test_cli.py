@@ -588,6 +588,17 @@ def test_dry_run_of_one_seed(qatbench: Qatbench) -> None:
     assert "qat/seed-0" not in units
 
 
+def test_dry_run_asks_nothing_for_what_is_evaluated(qatbench: Qatbench) -> None:
+    before = dry(qatbench)["units"]
+    done = Path("results", "dry", "base")
+    done.mkdir(parents=True)
+    (done / "provenance.json").write_text("{}")
+    after = dry(qatbench)["units"]
+    assert before[0]["seconds"] > 0
+    assert [after[0][key] for key in ("seconds", "memory_gib", "disk_gib")] == [0, 0, 0]
+    assert after[1:] == before[1:]
+
+
 def test_dry_run_with_a_limit_costs_less(qatbench: Qatbench) -> None:
     whole, part = dry(qatbench), dry(qatbench, "--limit", 10)
     assert part["units"][0]["seconds"] < whole["units"][0]["seconds"] / 100

@@ -56,7 +56,10 @@ def dry_run(
                 or (root.joinpath("checkpoints", *tail) / store.PROVENANCE).exists()
             )
             row = {"unit": "/".join(tail), "evaluated": evaluated, "checkpoint": made}
-            units.append(row | _estimate(recipe, arm, weights, device, made or evaluated, limit))
+            if evaluated:
+                units.append(row | dict.fromkeys(("seconds", "memory_gib", "disk_gib"), 0.0))
+            else:
+                units.append(row | _estimate(recipe, arm, weights, device, made, limit))
     places = recipe.data.paths | dict(paths)
     absent = [f"{task}: {path}" for task, path in places.items() if not _there(path)]
     return {"recipe": recipe.name, "device": device, "units": units, "missing": absent}

@@ -18,7 +18,7 @@ def check_grid(student: str, bits: int, group_size: int) -> list[str]:
 
 
 def check_name(kind: str, text: str) -> str | None:
-    """Say what is wrong with the name of `questions`, a `protocol` or a prompt `format`; or None."""
+    """Say what is wrong with the name of `questions`, a `protocol` or a `format`; else None."""
     try:
         if kind == "questions":
             selector.parse(text)
