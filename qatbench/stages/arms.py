@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from qatbench.errors import ArtifactError, PrerequisiteError
 from qatbench.records import Metrics, Prediction, TaskMetrics
 from qatbench.report.model import CheckpointFacts
+from qatbench.stages.metrics import units as questions
 from qatbench.stages.paired import Scores
 
 PREDICTIONS, METRICS, PROVENANCE = "predictions.jsonl", "metrics.json", "provenance.json"
@@ -171,9 +172,9 @@ def _sources(run: Run, made: dict[str, Run]) -> set[str]:
 
 
 def _read_predictions(path: Path) -> dict[str, Units]:
-    """Rows by task and question; `meta.group` joins rows into one question."""
+    """Rows by task and question, as metrics.json counts them: see `metrics.units`."""
     seen: dict[tuple[str, str], int] = {}
-    units: dict[str, dict[str, list[Prediction]]] = {}
+    by_task: dict[str, list[Prediction]] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             row = Prediction.model_validate({"choices": (), **json.loads(line)})
@@ -190,10 +191,16 @@ def _read_predictions(path: Path) -> dict[str, Units]:
                 f"{path}, line {number}: id {row.id} of {row.task} is already on line {first}",
                 hint="each question is answered once: evaluate again into an empty folder",
             )
-        group = row.meta.get("group")
-        key = row.id if group is None else str(group)
-        units.setdefault(row.task, {}).setdefault(key, []).append(row)
-    return {task: {key: tuple(rows) for key, rows in mine.items()} for task, mine in units.items()}
+        by_task.setdefault(row.task, []).append(row)
+    return {
+        task: {_key(rows[0]): rows for rows in questions(mine)} for task, mine in by_task.items()
+    }
+
+
+def _key(row: Prediction) -> str:
+    """Name of the question that a row belongs to."""
+    group = row.meta.get("group")
+    return row.id if group is None else str(group)
 
 
 def _read_provenance(path: Path) -> dict[str, Any]:

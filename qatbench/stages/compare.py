@@ -175,11 +175,11 @@ def _chance(questions: list[tuple[Prediction, ...]]) -> float | None:
 
 
 def _metrics_disagree(arm: Arm, task: str) -> bool:
-    """Whether a metrics.json states another number of right answers (ungrouped rows only)."""
+    """Whether a metrics.json that counts the same questions states other right answers."""
     for run in arm.runs:
         units = run.units[task]
-        plain = all(len(rows) == 1 for rows in units.values())
-        if plain and run.metrics[task].overall.right != sum(right_of(run, task, units)):
+        stated = run.metrics[task].overall
+        if stated.n == len(units) and stated.right != sum(right_of(run, task, units)):
             return True
     return False
 

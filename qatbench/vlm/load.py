@@ -14,6 +14,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import torch
 import transformers
@@ -155,7 +156,8 @@ def load(
         dtype: of activations and unquantized weights.
         kernel: `library` or `dense` (see the module's first lines); same for 16-bit models.
 
-    Raises: ArtifactError when weights are missing, damaged or left over.
+    Raises: ArtifactError when weights are missing, damaged or left over; PrerequisiteError when the
+        library wants to download the source of a kernel and cannot.
     """
     quiet_libraries()
     kernel = kernel if folder.quantization else "dense"
@@ -164,6 +166,12 @@ def load(
             model, info = _load_dense(folder, dtype)
         else:
             model, info = _load_plain(folder, dtype, device)
+    except URLError as error:
+        raise PrerequisiteError(
+            f"the library's kernel for {folder.path} is not here and cannot be downloaded:"
+            f" {error.reason}",
+            hint="--kernel dense, or load it once with a network",
+        ) from error
     except (SafetensorError, json.JSONDecodeError, KeyError, RuntimeError, OSError) as error:
         raise ArtifactError(
             f"cannot load {folder.path}: {error}", hint="the checkpoint is damaged: make it anew"

@@ -17,6 +17,7 @@ from qatbench.records import Prediction
 from qatbench.report.model import Comparison, WarningCode
 from qatbench.report.tables import arm_rows, pair_rows
 from qatbench.stages.compare import compare, write
+from qatbench.stages.metrics import summarize
 from qatbench.stages.paired import sign_flip_test, wilson_of_mean
 
 
@@ -179,6 +180,27 @@ def test_groups_are_right_when_all_rows_are(tmp_path: Path) -> None:
     assert task.arm("base").chance == 0.25
     assert (task.pairs[0].lost, task.pairs[0].gained) == (2, 1)
     assert task.definition.text_only is True
+
+
+def test_a_group_without_its_first_pass_is_no_question(tmp_path: Path) -> None:
+    def cut(right: Sequence[int]) -> list[Prediction]:
+        metas = [{"group": i // 2, "circular_pass": i % 2} for i in range(len(right))]
+        rows = [
+            row.model_copy(update={"meta": meta})
+            for row, meta in zip(predictions(right), metas, strict=True)
+        ]
+        return rows[:-2] + rows[-1:]
+
+    def run(name: str, rows: list[Prediction]) -> Path:
+        told = summarize(rows, protocols={TASK: "qatbench"}, mode="options", seconds=1)
+        folder = write_run(tmp_path / name, rows)
+        damage(folder, "metrics.json", told.model_dump_json())
+        return folder
+
+    base = run("base", cut([1, 1, 1, 1, 1, 1]))
+    arm = run("arm", cut([1, 1, 1, 0, 1, 1]))
+    task = compare([arm], base, draws=100).tasks[0]
+    assert (task.arm("base").n, task.arm("base").right, task.arm("arm").right) == (2, (2,), (1,))
 
 
 def test_unparsed_errors_and_ties_are_counted_apart(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -148,3 +149,15 @@ def test_dtypes_and_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device(None) == "cpu"
     with pytest.raises(PrerequisiteError, match="CUDA"):
         pick_device("cuda:0")
+
+
+def test_a_kernel_that_cannot_be_downloaded_is_no_damage(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*args: object) -> None:
+        raise URLError("no name resolution")
+
+    monkeypatch.setattr("qatbench.vlm.load._load_plain", offline)
+    with pytest.raises(PrerequisiteError, match="cannot be downloaded: no name resolution") as told:
+        load(find(str(text)), device="cpu", dtype=torch.float32)
+    assert "--kernel dense" in str(told.value.hint)
