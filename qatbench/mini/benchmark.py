@@ -9,10 +9,7 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
-import json
-import os
 import random
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from qatbench.errors import UsageError
 from qatbench.mini import draw
 from qatbench.mini.facts import Facts
 from qatbench.mini.facts import facts as draw_facts
+from qatbench.mini.layout import new_folder, write_problems
 from qatbench.mini.questions import KINDS, PICTURES, Made
 from qatbench.mini.questions import draw as draw_question
 
@@ -50,21 +48,15 @@ def build(
     out = Path(out).absolute()
     sizes = sizes or SIZES
     dev = CIRCULAR["dev"] if circular is None else circular
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is not empty", hint="name a new folder")
     if min(*sizes.values(), dev) < 1:
         raise UsageError("every split must hold at least one question")
-    facts, seen = draw_facts(seed), set[str]()
-    splits = {name: fill(facts, name, size, seed, seen) for name, size in sizes.items()}
-    rounds = fill(facts, "dev", dev, seed, seen, PICTURES)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        new = Path(scratch) / out.name
-        new.mkdir()
+    with new_folder(out) as new:
+        facts, seen = draw_facts(seed), set[str]()
+        splits = {name: fill(facts, name, size, seed, seen) for name, size in sizes.items()}
+        rounds = fill(facts, "dev", dev, seed, seen, PICTURES)
         _write_scienceqa(new, splits, random.Random(f"{seed}/grades"))
         _write_mmbench(new / "mmbench_dev.tsv", rounds)
         (new / "LICENSE").write_text(LICENSE, encoding="utf-8")
-        os.rename(new, out)  # POSIX: replaces an empty folder, fails on one filled meanwhile
     return out
 
 
@@ -108,11 +100,7 @@ def _write_scienceqa(folder: Path, splits: dict[str, list[Made]], rng: random.Ra
                 file = folder / "images" / split / pid / "image.png"
                 file.parent.mkdir(parents=True)
                 file.write_bytes(draw.png(question.grid))
-    pids["trainval"] = [pid for split in ("train", "val") for pid in pids.get(split, [])]
-    pids |= {f"mini{name}": pids[name][: max(1, len(pids[name]) // 10)] for name in splits}
-    for name, content in (("problems", problems), ("pid_splits", pids)):
-        body = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        (folder / f"{name}.json").write_bytes(body.encode())
+    write_problems(folder, problems, pids)
 
 
 def _record(split: str, question: Made, rng: random.Random) -> dict[str, Any]:

@@ -8,11 +8,8 @@ training question asks about.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -20,11 +17,11 @@ from typing import Any, NamedTuple
 
 from qatbench.errors import UsageError
 from qatbench.mini import words
+from qatbench.mini.layout import new_folder, write_problems
 from qatbench.mini.words import FAMILIES, Family, Item
 
 SPLITS = ("train", "val", "test")
 _DEAL = ("train", "test", "train", "test", "val", "train", "test", "train", "test")  # 4 : 1 : 4
-_MINI = 10  # minitrain, minival, minitest hold one question in ten
 
 
 class Draft(NamedTuple):
@@ -55,22 +52,11 @@ def build(out: Path, *, seed: int = 0, train: int = 600, val: int = 150, test: i
         fewer than one question or more than the word lists yield.
     """
     out = Path(out).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is not empty", hint="name a new folder")
     made = questions(seed, {"train": train, "val": val, "test": test})
     problems = {str(pid): question.record for pid, question in enumerate(made, start=1)}
     pids = {s: [pid for pid, q in problems.items() if q["split"] == s] for s in SPLITS}
-    splits = pids | {"trainval": sorted(pids["train"] + pids["val"], key=int)}
-    splits |= {f"mini{s}": pids[s][: max(1, len(pids[s]) // _MINI)] for s in SPLITS}
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        new = Path(scratch) / out.name
-        (new / "images").mkdir(parents=True)
-        for name, content in (("problems", problems), ("pid_splits", splits)):
-            body = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-            (new / f"{name}.json").write_bytes(body.encode())
-        os.rename(new, out)  # POSIX: replaces an empty folder, fails on one filled meanwhile
+    with new_folder(out) as new:
+        write_problems(new, problems, pids)
     return out
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
 from qatbench.records import LETTERS, Question
-from qatbench.tasks.scienceqa import Subset
+from qatbench.tasks.scienceqa import Subset, part
 
 SHAREABLE = False  # third-party texts and images, for research: not passed on with our results
 
@@ -70,14 +70,7 @@ def load(source: str | Path, split: str, *, subset: Subset = "all") -> list[Ques
     else:
         raise PrerequisiteError(f"no MMBench data at {source}", hint=_LAYOUT_HINT)
     _check_complete(questions, source, split)
-    if subset != "all":
-        questions = [q for q in questions if q.has_image == (subset == "image")]
-    if not questions:
-        raise UsageError(
-            f"split {split} of {source} has no question in the subset {subset!r}",
-            hint="choose another split or subset",
-        )
-    return questions
+    return part(questions, source, split, subset)
 
 
 # --- one row ------------------------------------------------------------------------------------

@@ -84,6 +84,16 @@ def load(source: str | Path, split: str, *, subset: Subset = "all") -> list[Ques
     else:
         raise PrerequisiteError(f"no ScienceQA data at {source}", hint=_LAYOUT_HINT)
     _check_complete(questions, source)
+    return part(questions, source, split, subset)
+
+
+def part(
+    questions: list[Question], source: str | Path, split: str, subset: Subset
+) -> list[Question]:
+    """Keep the questions of a subset.
+
+    Raises: UsageError if none is in it.
+    """
     if subset != "all":
         questions = [q for q in questions if q.has_image == (subset == "image")]
     if not questions:

@@ -203,7 +203,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("qatbench.mini.text.os.rename", fail)
+    monkeypatch.setattr("qatbench.mini.layout.os.rename", fail)
     with pytest.raises(OSError, match="disk full"):
         text.build(tmp_path / "out", train=5, val=5, test=5)
     assert list(tmp_path.iterdir()) == []
