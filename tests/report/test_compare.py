@@ -159,10 +159,11 @@ def test_cost_counts_what_a_checkpoint_was_made_from(tmp_path: Path) -> None:
         arm("grace", 30, student | {"teacher": "of-sft"}),
         arm("gptq", 7, {"model": {"fingerprint": "of-grace"}}),
         arm("rtn", 1, {"model": {"fingerprint": "hub"}}),
+        arm("awq", 3, {"model": {"fingerprint": "of-awq"}}),  # a damaged record: not its own source
     ]
     (task,) = compare(runs, runs[0], draws=100).tasks
-    costs = {name: task.arm(name).cost_seconds for name in ("sft", "grace", "gptq", "rtn")}
-    assert costs == {"sft": 100, "grace": 130, "gptq": 137, "rtn": 1}
+    costs = {name: task.arm(name).cost_seconds for name in ("sft", "grace", "gptq", "rtn", "awq")}
+    assert costs == {"sft": 100, "grace": 130, "gptq": 137, "rtn": 1, "awq": 3}
 
 
 def test_groups_are_right_when_all_rows_are(tmp_path: Path) -> None:
