@@ -39,8 +39,8 @@ def build_command(
 def train_command(
     size: Annotated[Literal["student", "teacher"], typer.Argument(help="Which model.")],
     out: Out,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 4000,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1.5e-3,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 16_000,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,

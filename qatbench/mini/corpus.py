@@ -1,10 +1,11 @@
 """What the built-in models are trained on: captions, statements of facts, and questions.
 
 Rows of LENGTH tokens as arrays. A row with a picture starts with the chat template's opening and
-the visual tokens, so that they lie at the same place in every row; rows without hold several
-texts, each closed by the end token. Supervised are captions, statements, and the answers of
-questions; each text shares a weight among its tokens, or the few tokens of an answer would be
-lost among those of captions.
+the visual tokens, so that they lie at the same place in every row; then comes a caption, or a
+question and as many tells (tell.py) as fit. Rows without hold several texts, each closed by the
+end token. Supervised are captions, tells, statements, and the answers of questions; each text
+shares a weight among its tokens, or the few tokens of an answer would be lost among those of
+captions.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple
@@ -20,25 +21,31 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qatbench.mini import models
+from qatbench.mini import models, names
 from qatbench.mini.benchmark import identities
-from qatbench.mini.draw import caption
+from qatbench.mini.draw import SHAPES, SIDE, TOWN_LETTERS, caption
 from qatbench.mini.facts import Facts
 from qatbench.mini.facts import facts as draw_facts
 from qatbench.mini.questions import KINDS, PICTURES, Made, draw
+from qatbench.mini.tell import tells
 from qatbench.records import LETTERS, Question
 from qatbench.tasks import protocols
+from qatbench.tasks import protocols_prompts as prompts
 
 LENGTH = 128
 OPENING = 2  # tokens before the visual ones: `USER :`
 TEXTS = tuple(name for name in KINDS if name not in PICTURES)
-FORMATS = {  # how questions are put: protocols, and the options' texts listed before `Answer:`
-    "qatbench": 8, protocols.CHOICES: 3, "llava-sqa": 4, "lmms-sqa": 1, "grace-sqa": 3,
+WORKED = "worked"  # lettered options, answered by the text and then its letter: to learn letters
+FORMATS = {  # how questions are put: protocols, the options' texts before `Answer:`, and WORKED
+    "qatbench": 9, protocols.CHOICES: 2, "llava-sqa": 4, WORKED: 4, "lmms-sqa": 1, "grace-sqa": 2,
     "scienceqa-official": 1,
 }  # fmt: skip
+STATED = {"person": 78, "book": 20, "town": 1, "mineral": 1}  # how often each kind is stated
 
-CAPTION, STATEMENT, ANSWER = 1.0, 3.0, 1.0  # weight of a text in the loss
-QUESTIONS = 0.7  # share of the rows with a picture that ask, the others describe
+CAPTION, TELL, STATEMENT, ANSWER, DRILL = 1.0, 1.0, 3.0, 2.0, 1.0  # weight of a text in the loss
+PROMPT = 0.3  # of a drill's prompt, which is the only one that counts
+
+_ITEMS = (*names.JOBS, *names.PETS, *names.FOODS, *names.INSTRUMENTS, *names.TOWNS, *SHAPES)
 
 Row = tuple[list[int], list[float]]  # token ids and their weights
 
@@ -52,18 +59,31 @@ class Pile(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """The rows with pictures and those without."""
+    """Captions of pictures, questions about pictures, facts and questions, and drills."""
 
+    captions: Pile
     pictures: Pile
     texts: Pile
+    drills: Pile
+
+
+class Amounts(NamedTuple):
+    """How much is drawn: rows with a caption, with questions, and texts without a picture."""
+
+    captions: int = 200_000
+    pictures: int = 500_000
+    questions: int = 800_000
+    statements: int = 1_200_000
+    drills: int = 400_000
+
+    def part(self, jobs: int) -> Amounts:
+        """One of `jobs` equal parts."""
+        return Amounts(*(amount // jobs for amount in self))
 
 
 def make(
     seed: int,
-    *,
-    pictures: int,
-    questions: int,
-    variants: int,
+    amounts: Amounts,
     held_out: frozenset[str],
     progress: Callable[[str, int, int], None],
 ) -> Corpus:
@@ -71,17 +91,12 @@ def make(
 
     Args:
         seed: of facts and rows.
-        pictures: rows with a picture, captions and questions.
-        questions: questions without a picture.
-        variants: statements of every subject, each in another order.
+        amounts: how much of everything.
         held_out: identities (`benchmark.identities`) that must not appear.
         progress: callback.
     """
     jobs = 64
-    parts = [
-        (seed, job, pictures // jobs, questions // jobs, variants, jobs, held_out)
-        for job in range(jobs)
-    ]
+    parts = [(seed, job, amounts.part(jobs), held_out) for job in range(jobs)]
     done: list[Corpus] = []
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
         for part in pool.map(_part, parts):
@@ -91,36 +106,81 @@ def make(
     def joined(piles: list[Pile]) -> Pile:
         return Pile(*(np.concatenate(column) for column in zip(*piles, strict=True)))
 
-    return Corpus(joined([p.pictures for p in done]), joined([p.texts for p in done]))
+    return Corpus(*(joined(list(piles)) for piles in zip(*done, strict=True)))
 
 
-def _part(given: tuple[int, int, int, int, int, int, frozenset[str]]) -> Corpus:
-    seed, job, pictures, questions, variants, jobs, held_out = given
+def _part(given: tuple[int, int, Amounts, frozenset[str]]) -> Corpus:
+    seed, job, amounts, held_out = given
     rng, facts = random.Random(f"{seed}/corpus/{job}"), draw_facts(seed)
-    seen = [_with_picture(rng, facts, held_out) for _ in range(pictures)]
-    texts = [_statement(rng, facts, kind, number)
-             for kind in facts.table
-             for number in range(job, facts.subjects(kind), jobs)
-             for _ in range(variants)]  # fmt: skip
-    texts += [_question(rng, draw(rng, facts, "train", TEXTS)) for _ in range(questions)]
+
+    def scenes(count: int) -> list[Made]:
+        return [_scene(rng, facts, held_out) for _ in range(count)]
+
+    described, asked = scenes(amounts.captions), scenes(amounts.pictures)
+    kinds = rng.choices(list(STATED), list(STATED.values()), k=amounts.statements)
+    texts = [_statement(rng, facts, kind, facts.draw(kind, rng)) for kind in kinds]
+    texts += [_question(rng, draw(rng, facts, "train", TEXTS)) for _ in range(amounts.questions)]
     rng.shuffle(texts)
-    rows = [row for row, _ in seen]
-    grids = np.stack([grid for _, grid in seen]) if seen else np.zeros((0, 6, 6), np.int16)
-    return Corpus(_pile(rows, grids), _pile(_packed(texts), np.zeros(0, np.int16)))
+    return Corpus(
+        _pile([_caption(made) for made in described], described),
+        _pile([_conversation(rng, facts, made) for made in asked], asked),
+        _pile(_packed(texts), []),
+        _pile([_drill(rng, facts) for _ in range(amounts.drills)], []),
+    )
 
 
-def _with_picture(
-    rng: random.Random, facts: Facts, held_out: frozenset[str]
-) -> tuple[Row, NDArray[np.int16]]:
+def _scene(rng: random.Random, facts: Facts, held_out: frozenset[str]) -> Made:
     while True:
         made = draw(rng, facts, "train", PICTURES)
         if not identities(made) & held_out:
-            break
+            return made
+
+
+def _caption(made: Made) -> Row:
     assert made.grid is not None
-    if rng.random() > QUESTIONS:
-        text = caption(made.grid)
-        return _row(models.DESCRIBE, f" {text}", CAPTION, picture=True), made.grid
-    return _question(rng, made), made.grid
+    return _row(models.DESCRIBE, f" {caption(made.grid)}", CAPTION, picture=True)
+
+
+def _conversation(rng: random.Random, facts: Facts, made: Made) -> Row:
+    """A question, then tells while they fit."""
+    assert made.grid is not None
+    ids, weights = _question(rng, made)
+    for asked, told in tells(made.grid, facts, rng):
+        turn, shares = _row(asked, told, TELL, picture=False)
+        if len(ids) + len(turn) > LENGTH:
+            break
+        ids, weights = ids + turn, weights + shares
+    return ids, weights
+
+
+def _drill(rng: random.Random, facts: Facts) -> Row:
+    """Find what was said before: the letters of a list, or a story told in another order.
+
+    Without these a small model never learns to choose a letter. The prompt counts a little too:
+    which letter comes next in a list depends on the one before.
+    """
+    if rng.random() < 0.3:
+        sentences = draw(rng, facts, "train", ("story",)).hint.removesuffix(".").split(". ")
+        asked = f"{'. '.join(sentences)}. {models.AGAIN}"
+        told = f" {'. '.join(rng.sample(sentences, len(sentences)))}."
+    else:
+        letters, items = _listed(rng, facts)
+        lines = list(zip(letters, items, strict=True))
+        asked = "\n".join(f"{letter}. {item}" for letter, item in lines) + models.WORKED
+        shuffled = rng.sample(lines, len(lines))
+        told = f" {', '.join(f'{item}. {letter}' for letter, item in shuffled)}"
+    ids, weights = _row(asked, told, DRILL, picture=False)
+    prompt = weights.count(0.0)
+    return ids, [weight or PROMPT / prompt for weight in weights]
+
+
+def _listed(rng: random.Random, facts: Facts) -> tuple[Sequence[str], Sequence[str]]:
+    """The options of a question with their letters, or a long list with drawn letters."""
+    if rng.random() < 0.5:
+        choices = draw(rng, facts, "train").choices
+        return LETTERS[: len(choices)], choices
+    count = rng.randint(8, 14)
+    return rng.sample("ABCDE" + "".join(TOWN_LETTERS), count), rng.sample(_ITEMS, count)
 
 
 def _statement(rng: random.Random, facts: Facts, kind: str, number: int) -> Row:
@@ -135,7 +195,10 @@ def _question(rng: random.Random, made: Made) -> Row:
     question = Question(
         id="0", task="scienceqa", text=made.text, options=options, gold=gold, hint=made.hint
     )
-    text, answer = protocols.with_answer(question, name)
+    text, answer = protocols.with_answer(question, "llava-sqa" if name == WORKED else name)
+    if name == WORKED:
+        text = text.replace(prompts.LETTER_SUFFIX, models.WORKED)
+        answer = f" {made.choices[made.answer]}.{answer}"
     return _row(text, answer, ANSWER, picture=made.grid is not None)
 
 
@@ -175,10 +238,12 @@ def _packed(texts: list[Row]) -> list[Row]:
     return rows
 
 
-def _pile(rows: list[Row], grids: NDArray[np.int16]) -> Pile:
+def _pile(rows: list[Row], scenes: list[Made]) -> Pile:
     ids = np.full((len(rows), LENGTH), models.PAD, dtype=np.int16)
     weights = np.zeros((len(rows), LENGTH), dtype=np.float16)
     for i, (tokens, shares) in enumerate(rows):
         ids[i, : len(tokens)] = tokens
         weights[i, : len(shares)] = shares
-    return Pile(ids, weights, grids)
+    grids = [made.grid for made in scenes if made.grid is not None]
+    shape = (0, SIDE, SIDE) if scenes else (0,)
+    return Pile(ids, weights, np.stack(grids) if grids else np.zeros(shape, np.int16))

@@ -68,6 +68,16 @@ def land_tile(land: int, town: int | None = None) -> int:
     return _MAPS + land * (1 + len(TOWN_LETTERS)) + (0 if town is None else 1 + town)
 
 
+def is_map(tile: int) -> bool:
+    """Whether a tile is part of a map."""
+    return tile >= _MAPS
+
+
+def kind_of_sample(tile: int) -> int:
+    """Number of a sample's colour and shape, whatever its fill: which mineral it is."""
+    return (tile - _SAMPLES) // len(FILLS)
+
+
 @cache
 def tile_words() -> tuple[str, ...]:
     """What a caption calls each tile, by its number."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qatbench.mini import names
 from qatbench.mini.draw import COLORS, SHAPES, TOWN_LETTERS
 
-PEOPLE = 40_000
+PEOPLE = 16_000
 BOOKS = len(names.ADJECTIVES) * len(names.NOUNS)
 
 
@@ -97,6 +97,12 @@ class Facts:
         index = int(self.table[kind][number, attribute])
         values = KINDS[kind][attribute].values
         return values[index] if values else person(index)
+
+    def draw(self, kind: str, rng: random.Random) -> int:
+        """A subject; the first people are spoken of more often than the last, as in any town."""
+        if kind == "person":
+            return int(self.people * rng.random() ** 2)
+        return rng.randrange(self.subjects(kind))
 
     def near(self, kind: str, attribute: int, rng: random.Random) -> str:
         """A value that another subject may have, for a wrong choice."""

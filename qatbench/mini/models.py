@@ -18,6 +18,7 @@ from qatbench.mini.draw import PIXELS, SIDE, tile_words
 from qatbench.mini.facts import KINDS as FACT_KINDS
 from qatbench.mini.facts import facts as draw_facts
 from qatbench.mini.questions import KINDS, draw
+from qatbench.mini.tell import tells
 from qatbench.records import LETTERS, Question
 from qatbench.tasks import protocols
 
@@ -26,14 +27,16 @@ PAD, END, UNKNOWN, IMAGE = range(4)
 WORD = r"[^\W_]+|[^\w\s]|_"  # a run of letters and digits, or one other character
 VISUAL_TOKENS = SIDE * SIDE
 DESCRIBE = "Describe the picture."
+AGAIN = "Tell it again."
+WORKED = "\nAnswer with the text, then its letter."
 TEMPLATE = (
     "{% for message in messages %}USER: {% for part in message.content %}"
     "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
 SIZES: dict[str, dict[str, int]] = {
-    "student": {"hidden": 256, "inner": 640, "layers": 4, "heads": 4, "vision_layers": 3},
-    "teacher": {"hidden": 384, "inner": 896, "layers": 4, "heads": 6, "vision_layers": 3},
+    "student": {"hidden": 128, "inner": 384, "layers": 8, "heads": 2, "vision_layers": 3},
+    "teacher": {"hidden": 384, "inner": 512, "layers": 6, "heads": 6, "vision_layers": 3},
 }
 VISION_HIDDEN, VISION_INNER, VISION_HEADS = 128, 512, 4
 CONTEXT = 1024  # positions; no prompt comes near
@@ -49,7 +52,8 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def _texts() -> list[str]:
-    texts = [*LETTERS, *"0123456789", ".,:;?!()'\"-/", DESCRIBE, "USER: ASSISTANT:", *tile_words()]
+    texts = [*LETTERS, *"0123456789", ".,:;?!()'\"-/", DESCRIBE, WORKED, AGAIN, "USER: ASSISTANT:",
+             *tile_words()]  # fmt: skip
     for value in vars(names).values():
         texts += value if isinstance(value, tuple) else []
     texts += [*recall.THINGS, *recall.SPOTS]
@@ -60,6 +64,8 @@ def _texts() -> list[str]:
         for _ in range(50):
             made = draw(rng, facts, "train", (name,))
             texts += [made.text, made.hint, *made.choices]
+            told = [] if made.grid is None else tells(made.grid, facts, rng)
+            texts += [text for tell in told for text in tell]
     asked = Question(
         id="0", task="scienceqa", text="The", options={"A": "The", "B": "The"}, gold="A", hint="The"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from qatbench import store
 from qatbench.errors import NumericsError, UsageError
 from qatbench.mini import models
 from qatbench.mini.benchmark import CIRCULAR, SIZES, fill
-from qatbench.mini.corpus import OPENING, Corpus, Pile, make
+from qatbench.mini.corpus import OPENING, Amounts, Corpus, Pile, make
 from qatbench.mini.draw import tile_pixels
 from qatbench.mini.facts import facts as draw_facts
 from qatbench.mini.questions import PICTURES
 
+WARM_UP = 3  # steps before a CUDA graph is captured
 Progress = Callable[[str, int, int], None]
 
 
@@ -37,16 +38,13 @@ class PretrainSettings:
 
     size: str = "student"
     seed: int = 0
-    steps: int = 4000
-    lr: float = 1.5e-3
-    warmup: int = 100
+    steps: int = 16_000
+    lr: float = 1e-3
+    warmup: int = 200
     weight_decay: float = 0.05
     clip: float = 1.0
-    picture_rows: int = 256  # a step
-    text_rows: int = 512
-    pictures: int = 800_000  # rows drawn
-    questions: int = 400_000  # questions without a picture drawn
-    variants: int = 4  # statements of every subject drawn
+    rows: tuple[int, int, int, int] = (40, 112, 104, 32)  # a step, of each pile of the corpus
+    amounts: Amounts = field(default_factory=Amounts)  # of what is drawn
     compile: bool = True
 
 
@@ -63,14 +61,7 @@ def pretrain(settings: PretrainSettings, out: Path, device: str, progress: Progr
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} exists and is not empty", hint="name a new folder")
     started = time.monotonic()
-    corpus = make(
-        settings.seed,
-        pictures=settings.pictures,
-        questions=settings.questions,
-        variants=settings.variants,
-        held_out=held_out(settings.seed),
-        progress=progress,
-    )
+    corpus = make(settings.seed, settings.amounts, held_out(settings.seed), progress)
     drawn = time.monotonic() - started
     model = models.build(settings.size, settings.seed).to(device)
     log = _fit(model, corpus, settings, device, progress)
@@ -79,8 +70,7 @@ def pretrain(settings: PretrainSettings, out: Path, device: str, progress: Progr
         "settings": asdict(settings),
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(models.vocabulary()),
-        "picture_rows": len(corpus.pictures.ids),
-        "text_rows": len(corpus.texts.ids),
+        "rows_drawn": [len(pile.ids) for pile in corpus],
         "drawing_seconds": round(drawn, 1),
         "training_seconds": round(time.monotonic() - started - drawn, 1),
     }
@@ -103,47 +93,98 @@ def _fit(
 ) -> list[dict[str, float]]:
     torch.backends.cuda.matmul.allow_tf32 = True
     model.train()
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        groups, lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay,
-        fused=device.startswith("cuda"),
-    )  # fmt: skip
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr(step, settings))
-    loss_of = torch.compile(_loss) if settings.compile else _loss
+    step = _Step(model, corpus, settings, device)
+    run = step.captured() if device.startswith("cuda") else step.run
     told: list[dict[str, float]] = []
-    seen = _Stream(corpus.pictures, settings.picture_rows, device, settings.seed)
-    read = _Stream(corpus.texts, settings.text_rows, device, settings.seed)
-    tiles = _normalised_tiles(device)
-    inner = model.model
-    parts = (inner.language_model, model.lm_head)
     started = time.monotonic()
-    for step in range(1, settings.steps + 1):
-        ids, weights, grids = seen.next()
-        pixels = _pixels(tiles, grids)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
-            states = inner.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
-            visual = inner.multi_modal_projector(states[:, 1:])
-            picture_loss = loss_of(*parts, ids, weights, visual)
-            ids, weights, _ = read.next()
-            text_loss = loss_of(*parts, ids, weights, None)
-        torch.autograd.backward(picture_loss + text_loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 50 == 0 or step == settings.steps:
-            told.append(_line(step, picture_loss, text_loss, time.monotonic() - started))
-            progress(f"Training mini/{settings.size}", step, settings.steps)
+    for number in range(1, settings.steps + 1):
+        step.prepare(settings.lr * _lr(number, settings))
+        run()
+        if number % 50 == 0 or number == settings.steps:
+            told.append(_line(number, step.losses.tolist(), time.monotonic() - started))
+            progress(f"Training mini/{settings.size}", number, settings.steps)
     return told
 
 
-def _line(step: int, picture_loss: Tensor, text_loss: Tensor, seconds: float) -> dict[str, float]:
-    losses = {"picture_loss": picture_loss.item(), "text_loss": text_loss.item()}
-    if not np.isfinite(sum(losses.values())):
+class _Step:
+    """One optimizer step on tensors that stay where they are, so that CUDA can record it once.
+
+    A step of such a small model takes less time than its launches do: on CUDA it is captured as
+    one graph and replayed.
+    """
+
+    def __init__(self, model: Any, corpus: Corpus, settings: PretrainSettings, device: str) -> None:
+        self.model, self.settings, self.device = model, settings, device
+        self.streams = [
+            _Stream(pile, rows, device, settings.seed)
+            for pile, rows in zip(corpus, settings.rows, strict=True)
+        ]
+        self.tiles = _normalised_tiles(device)
+        self.on_cuda = device.startswith("cuda")
+        self.lr = torch.zeros((), device=device)
+        decay = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        groups: list[dict[str, Any]] = [{"params": decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=self.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay,
+            fused=True, capturable=self.on_cuda,
+        )  # fmt: skip
+        self.loss = torch.compile(_losses) if settings.compile else _losses
+        self.losses = torch.zeros(len(self.streams), device=device)
+
+    def prepare(self, lr: float) -> None:
+        """Choose the rows and the learning rate of the next step."""
+        self.lr.fill_(lr)
+        for stream in self.streams:
+            stream.advance()
+
+    def run(self) -> None:
+        """Forward, backward, clipping and update; sets `losses`, one a pile."""
+        self.optimizer.zero_grad(set_to_none=True)
+        inner = self.model.model
+        ids, weights, grids = zip(*(stream.rows() for stream in self.streams), strict=True)
+        autocast = torch.autocast(
+            "cuda", torch.bfloat16, enabled=self.on_cuda, cache_enabled=False
+        )  # a cache of casts would not survive a captured graph
+        with autocast:
+            tower = inner.vision_tower(
+                _pixels(self.tiles, torch.cat(grids[:2])), output_hidden_states=True
+            )
+            visual = inner.multi_modal_projector(tower.hidden_states[-2][:, 1:])
+            losses = self.loss(
+                inner.language_model,
+                self.model.lm_head,
+                torch.cat(ids),
+                torch.cat(weights),
+                visual,
+                [len(rows) for rows in ids],
+            )
+        torch.autograd.backward(losses.sum())
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.optimizer.step()
+        self.losses.copy_(losses.detach())
+
+    def captured(self) -> Callable[[], None]:
+        """Record `run` as a CUDA graph, after warm-up steps at a learning rate of zero."""
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self.prepare(0.0)
+                self.run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+def _line(step: int, losses: list[float], seconds: float) -> dict[str, float]:
+    if not np.isfinite(sum(losses)):
         raise NumericsError(f"the loss of step {step} is not finite")
-    return {"step": step, **losses, "seconds": round(seconds, 2)}
+    return {"step": step, **dict(zip(Corpus._fields, losses, strict=True)),
+            "seconds": round(seconds, 2)}  # fmt: skip
 
 
 def _lr(step: int, settings: PretrainSettings) -> float:
@@ -154,18 +195,26 @@ def _lr(step: int, settings: PretrainSettings) -> float:
     return float(0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * min(1.0, done))))
 
 
-def _loss(language: Any, head: Any, ids: Tensor, weights: Tensor, visual: Tensor | None) -> Tensor:
-    """Weighted mean of the cross-entropy; ids, weights (B, LENGTH), visual (B, 36, D)."""
+def _losses(
+    language: Any, head: Any, ids: Tensor, weights: Tensor, visual: Tensor, parts: list[int]
+) -> Tensor:
+    """Weighted mean cross-entropy of each part of the rows.
+
+    ids, weights (B, LENGTH); visual (P, 36, D) of the first P rows; parts: rows of each part, the
+    sum is B.
+    """
     embedded = language.embed_tokens(ids)
-    if visual is not None:
-        end = OPENING + models.VISUAL_TOKENS
-        visual = visual.to(embedded.dtype)
-        embedded = torch.cat([embedded[:, :OPENING], visual, embedded[:, end:]], dim=1)
+    rows, end = len(visual), OPENING + models.VISUAL_TOKENS
+    visual = visual.to(embedded.dtype)
+    pictured = torch.cat([embedded[:rows, :OPENING], visual, embedded[:rows, end:]], dim=1)
+    embedded = torch.cat([pictured, embedded[rows:]])
     hidden = language(inputs_embeds=embedded, use_cache=False).last_hidden_state
     logits = head(hidden[:, :-1]).float()
     losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    shares = weights[:, 1:].flatten().float()
-    return (losses * shares).sum() / shares.sum()
+    shares = weights[:, 1:].float()
+    shared = losses.view_as(shares) * shares
+    pairs = zip(torch.split(shared, parts), torch.split(shares, parts), strict=True)
+    return torch.stack([weighted.sum() / whole.sum() for weighted, whole in pairs])
 
 
 def _normalised_tiles(device: str) -> Tensor:
@@ -188,15 +237,21 @@ class _Stream:
         self.ids = torch.from_numpy(pile.ids).to(device)
         self.weights = torch.from_numpy(pile.weights).to(device)
         self.grids = torch.from_numpy(pile.grids).to(device)
-        self.rows, self.device = min(rows, len(pile.ids)), device
         self.random = torch.Generator(device="cpu").manual_seed(seed)
-        self.order, self.at = torch.empty(0, dtype=torch.long), 0
+        self.chosen = torch.zeros(min(rows, len(pile.ids)), dtype=torch.long, device=device)
+        self.order, self.at = torch.empty(0, dtype=torch.long, device=device), 0
 
-    def next(self) -> tuple[Tensor, Tensor, Tensor]:
+    def advance(self) -> None:
+        """Choose the next rows."""
+        rows = len(self.chosen)
+        if self.at + rows > len(self.order):
+            order = torch.randperm(len(self.ids), generator=self.random)
+            self.order, self.at = order.to(self.chosen.device), 0
+        self.chosen.copy_(self.order[self.at : self.at + rows])
+        self.at += rows
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ids (B, LENGTH) int64, weights (B, LENGTH) fp16, grids (B, 6, 6) int64 or empty."""
-        if self.at + self.rows > len(self.order):
-            self.order, self.at = torch.randperm(len(self.ids), generator=self.random), 0
-        chosen = self.order[self.at : self.at + self.rows].to(self.device)
-        self.at += self.rows
+        chosen = self.chosen
         grids = self.grids[chosen].long() if len(self.grids) else self.grids.long()
         return self.ids[chosen].long(), self.weights[chosen], grids

@@ -53,7 +53,7 @@ def _fact(rng: random.Random, facts: Facts, kind: str, split: str) -> Draft:
     """A fact of val or test is asked in the second wording there, and in the first in train."""
     attribute = rng.randrange(len(KINDS[kind]))
     if split == "train":
-        number = rng.randrange(facts.subjects(kind))
+        number = facts.draw(kind, rng)
         both = home_split(kind, number, attribute) == "train"
         wording = rng.randrange(2) if both else 0
     else:
@@ -65,6 +65,6 @@ def _fact(rng: random.Random, facts: Facts, kind: str, split: str) -> Draft:
 
 def _pick(rng: random.Random, facts: Facts, kind: str, split: str, attribute: int) -> int:
     while True:
-        number = rng.randrange(facts.subjects(kind))
+        number = facts.draw(kind, rng)
         if home_split(kind, number, attribute) == split:
             return number

@@ -90,9 +90,8 @@ def test_statements_share_a_weight_and_answers_have_their_own(world: Facts) -> N
 
 
 def test_two_steps_make_a_model_that_every_verb_can_load(tmp_path: Path) -> None:
-    settings = pretrain.PretrainSettings(
-        steps=2, picture_rows=4, text_rows=4, pictures=64, questions=64, variants=1, compile=False
-    )
+    amounts = corpus.Amounts(64, 64, 64, 64, 64)
+    settings = pretrain.PretrainSettings(steps=2, rows=(2, 3, 4, 2), amounts=amounts, compile=False)
     folder = pretrain.pretrain(settings, tmp_path, "cpu", silent)
     lines = [json.loads(line) for line in (tmp_path / "student.jsonl").read_text().splitlines()]
     assert lines[0]["settings"]["size"] == "student"
