@@ -39,8 +39,10 @@ def build_command(
 def train_command(
     size: Annotated[Literal["student", "teacher"], typer.Argument(help="Which model.")],
     out: Out,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 16_000,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 19_000,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate. Default: 1e-3, teacher 8e-4.")
+    ] = None,
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
@@ -49,12 +51,14 @@ def train_command(
 
     Example: qatbench mini train student --out out/student
     """
-    from qatbench.mini.pretrain import PretrainSettings, pretrain
+    from qatbench.mini.pretrain import LR, PretrainSettings, pretrain
+    from qatbench.vlm.builtin import write_manifest
     from qatbench.vlm.load import pick_device
 
     ui = Ui(as_json=as_json)
-    settings = PretrainSettings(size=size, seed=seed, steps=steps, lr=lr)
+    settings = PretrainSettings(size=size, seed=seed, steps=steps, lr=lr or LR[size])
     with ui.progress() as progress:
         folder = pretrain(settings, out, pick_device(device), progress)
+    write_manifest(out)
     ui.result({"model": str(folder), "size": size, "steps": steps}, [f"wrote {folder}"])
     ui.next_command(f"qatbench eval {folder} --task scienceqa:test --data mini --out RUN")

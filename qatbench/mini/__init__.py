@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock
 
 # Raise a version with every change of a word, a template or the order of draws.
-VERSIONS = {"mini": "1", "mini-text": "1"}
+VERSIONS = {"mini": "2", "mini-text": "1"}
 
 
 def folder(name: str = "mini") -> Path:

@@ -35,7 +35,7 @@ TEMPLATE = (
     "{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
 SIZES: dict[str, dict[str, int]] = {
-    "student": {"hidden": 128, "inner": 384, "layers": 8, "heads": 2, "vision_layers": 3},
+    "student": {"hidden": 256, "inner": 256, "layers": 4, "heads": 4, "vision_layers": 3},
     "teacher": {"hidden": 384, "inner": 512, "layers": 6, "heads": 6, "vision_layers": 3},
 }
 VISION_HIDDEN, VISION_INNER, VISION_HEADS = 128, 512, 4
@@ -149,6 +149,7 @@ def build(size: str, seed: int) -> Any:
         vision_config=vision,
         text_config=text,
         image_token_id=IMAGE,
+        image_seq_length=VISUAL_TOKENS,
         vision_feature_select_strategy="default",
         vision_feature_layer=-2,
         tie_word_embeddings=False,

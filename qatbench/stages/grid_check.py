@@ -36,6 +36,8 @@ def peek(name: str) -> dict[str, Any] | None:
     """
     if name == builtin.SMOLLM2:
         return dict(builtin.SMOLLM2_SIZES)
+    if name in builtin.MINI:
+        return store.read_json(builtin.mini_folder(name) / "config.json")
     if Path(name).is_dir():
         return store.read_json(Path(name) / "config.json")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):

