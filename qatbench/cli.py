@@ -76,6 +76,10 @@ def eval_command(
         Literal["options", "generate"], typer.Option(help="Score options, or write an answer.")
     ] = "options",
     limit: Limit = None,
+    images: Annotated[
+        Literal["shown", "none", "shuffled"],
+        typer.Option(help="Control: without pictures, or with another question's."),
+    ] = "shown",
     batch_size: BatchSize = None,
     dtype: Dtype = None,
     kernel: Annotated[
@@ -109,6 +113,7 @@ def eval_command(
         dtype=dtype,
         kernel=kernel,
         limit=limit,
+        images=images,
         seed=seed,
         device=device,
         batch_size=batch_size,

@@ -51,6 +51,12 @@ def render(comparison: Comparison) -> str:
     parts = [f"# Comparison{f': {recipe}' if recipe else ''}"]
     for task in comparison.tasks:
         parts += _task_parts(comparison, task)
+    if comparison.training:
+        parts += [
+            "## Training",
+            _table(tables.course_rows(comparison.training)),
+            _betas(comparison),
+        ]
     first = comparison.tasks[0].definition
     method = _METHOD.format(
         draws=first.bootstrap_draws,
@@ -208,6 +214,23 @@ def _task_parts(comparison: Comparison, task: TaskComparison) -> list[str]:
         ("Definition", _definition(definition, comparison.baseline)),
     ]
     return parts + [f"### {title}\n\n{text}" for title, text in sections if text]
+
+
+def _betas(comparison: Comparison) -> str:
+    """What the terms are, and how far beta moved."""
+    lines = [
+        "Means over the steps named and over seeds. **CE**: cross-entropy, nats a token. **KD**:"
+        " distillation loss, nats. **RCKA**: 1 - CKA of visual tokens. **gate**: mean confidence"
+        " gate. **beta**: weight of KD."
+    ]
+    for course in comparison.training:
+        if course.beta_range is not None and course.beta_at_bound is not None:
+            low, high = course.beta_range
+            lines.append(
+                f"- `{course.arm}`: beta moved between {low:.3g} and {high:.3g} and lay at one of"
+                f" its bounds in {100 * course.beta_at_bound:.0f} % of the steps."
+            )
+    return "\n".join(lines)
 
 
 def _named(arms: Sequence[str]) -> str:

@@ -221,9 +221,32 @@ class TaskComparison(Record):
         return max(arms, key=lambda arm: arm.accuracy, default=None)
 
 
+class Stretch(Record):
+    """Means over neighbouring optimizer steps and over seeds; None for terms that were off."""
+
+    first: int
+    last: int
+    ce: float  # nats a token
+    kd: float | None  # nats
+    rcka: float | None  # 1 - CKA, mean over images
+    gate: float | None
+    beta: float | None
+
+
+class Course(Record):
+    """How one arm's training went."""
+
+    arm: str
+    seeds: tuple[int, ...]
+    stretches: tuple[Stretch, ...]
+    beta_range: tuple[float, float] | None = None  # lowest and highest beta of any step and seed
+    beta_at_bound: float | None = None  # share of all steps at the controller's low or high
+
+
 class Comparison(Record):
     """comparison.json: arms that answered the same questions, task by task."""
 
     schema_version: Literal[1] = COMPARISON_VERSION
     baseline: str  # the arm every other is compared with
     tasks: tuple[TaskComparison, ...]
+    training: tuple[Course, ...] = ()  # of the arms whose train.jsonl is there

@@ -6,9 +6,9 @@ order. "-" stands for what was not recorded. Accuracies are percent, differences
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from qatbench.report.model import ArmResult, Comparison, PairResult, TaskComparison
+from qatbench.report.model import ArmResult, Comparison, Course, PairResult, TaskComparison
 
 Row = dict[str, str]
 UNKNOWN = "-"
@@ -85,6 +85,27 @@ def cost_rows(task: TaskComparison) -> list[Row]:
         }
         for arm in task.arms
     ]
+
+
+def course_rows(courses: Sequence[Course]) -> list[Row]:
+    """A row a stretch of each training."""
+    return [
+        {
+            "arm": course.arm if stretch is course.stretches[0] else "",
+            "steps": f"{stretch.first}-{stretch.last}",
+            "CE": f"{stretch.ce:.3f}",
+            "KD": _figure(stretch.kd),
+            "RCKA": _figure(stretch.rcka),
+            "gate": _figure(stretch.gate),
+            "beta": _figure(stretch.beta),
+        }
+        for course in courses
+        for stretch in course.stretches
+    ]
+
+
+def _figure(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.3f}"
 
 
 def percent(fraction: float) -> str:

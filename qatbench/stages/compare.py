@@ -27,6 +27,7 @@ from qatbench.report.model import (
 from qatbench.report.tables import arm_rows, pair_rows
 from qatbench.report.warnings import warnings_of
 from qatbench.stages.arms import Arm, Run, Sheet, line_up, load_arms, right_of, section
+from qatbench.stages.courses import courses
 from qatbench.stages.paired import LEVEL, pair_result, wilson_of_mean
 from qatbench.store import write_text
 
@@ -72,7 +73,7 @@ def compare(
     settings = _Settings(margin, intersection, draws, seed)
     sheets = line_up(arms, intersection=intersection)
     tasks = [_compare_task(arms, sheet, reference, settings) for sheet in sheets]
-    return Comparison(baseline=reference, tasks=_adjusted(tasks))
+    return Comparison(baseline=reference, tasks=_adjusted(tasks), training=courses(arms))
 
 
 def write(comparison: Comparison, out: Path) -> tuple[Path, ...]:

@@ -19,6 +19,7 @@ from qatbench.records import Prediction, Question
 from qatbench.stages.common import Progress
 from qatbench.stages.metrics import summarize
 from qatbench.tasks import selector
+from qatbench.tasks.controls import Images, with_images
 from qatbench.tasks.selector import Selector
 from qatbench.vlm import answer as answering
 from qatbench.vlm import load as models
@@ -40,6 +41,7 @@ class EvalSettings:
     dtype: str | None = None
     kernel: Literal["auto", "library", "dense"] = "auto"
     limit: int | None = None
+    images: Images = "shown"
     seed: int = 0
     device: str | None = None
     batch_size: int | None = None
@@ -51,16 +53,23 @@ class EvalSettings:
         `model` is its fingerprint. Images that are not there are named: see `run_folder`.
         """
         missing = [q.id for rows in asked.values() for q in rows if _image_missing(q)]
-        return {
-            "model": model,
-            "tasks": {name: selector.digest(rows) for name, rows in asked.items()},
-            "protocol": dict(sorted(self.protocol.items())),
-            "mode": self.mode,
-            "dtype": self.dtype,
-            "kernel": self.kernel,
-            "limit": self.limit,
-            "seed": self.seed if self.limit else None,
-        } | ({"missing_images": missing} if missing else {})
+        return (
+            {
+                "model": model,
+                "tasks": {name: selector.digest(rows) for name, rows in asked.items()},
+                "protocol": dict(sorted(self.protocol.items())),
+                "mode": self.mode,
+                "dtype": self.dtype,
+                "kernel": self.kernel,
+                "limit": self.limit,
+                "seed": self.seed if self.limit else None,
+            }
+            | ({"missing_images": missing} if missing else {})
+            | self._control()
+        )
+
+    def _control(self) -> dict[str, Any]:
+        return {} if self.images == "shown" else {"images": self.images, "seed": self.seed}
 
 
 def questions_of(
@@ -101,6 +110,9 @@ def evaluate(
     """
     started = time.monotonic()
     asked = questions_of(settings.selectors, paths, settings.limit, settings.seed)
+    asked = {
+        name: with_images(rows, settings.images, settings.seed) for name, rows in asked.items()
+    }
     _refuse_images(model, asked)
     device = models.pick_device(settings.device)
     dtype = models.pick_dtype(settings.dtype, device)

@@ -1,0 +1,81 @@
+"""The report tells how each training went."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_folders import pattern, predictions, write_run
+
+from qatbench.errors import ArtifactError
+from qatbench.report.markdown import render
+from qatbench.stages.compare import compare
+
+SPEC = {"method": "grace", "controller": {"low": 0.1, "high": 1.0, "rate": 0.01}}
+
+
+def trained(folder: Path, betas: list[float], **changes: Any) -> None:
+    """A log whose CE is the step number, beside the checkpoint's record."""
+    lines = [
+        {"step": k, "ce": float(k), "kd": 2.0, "rcka": 0.5, "gate": 0.9, "beta": beta, **changes}
+        for k, beta in enumerate(betas, start=1)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "checkpoint.json").write_text(json.dumps({"spec": SPEC, "inputs": {}}))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "r" / "sft", predictions(pattern(20, 10)), method="sft")
+
+
+@pytest.fixture
+def grace(tmp_path: Path) -> Path:
+    arm = tmp_path / "r" / "grace"
+    for seed in (0, 1):
+        rows = predictions(pattern(20, 12))
+        write_run(arm / f"seed-{seed}", rows, method="grace", bits=3, group_size=128)
+    trained(arm / "seed-0", [0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 0.9, 0.8, 0.7])
+    trained(arm / "seed-1", [0.5, 0.4, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3])
+    return arm
+
+
+def test_a_course_holds_means_over_steps_and_seeds(base: Path, grace: Path) -> None:
+    (course,) = compare([grace], base).training  # sft has no log: it is not told
+    assert (course.arm, course.seeds) == ("grace", (0, 1))
+    assert [(s.first, s.last) for s in course.stretches] == [
+        (1, 2),
+        (3, 4),
+        (5, 6),
+        (7, 8),
+        (9, 10),
+    ]
+    assert [s.ce for s in course.stretches] == [1.5, 3.5, 5.5, 7.5, 9.5]
+    assert course.stretches[0].beta == pytest.approx(0.5)
+    assert course.stretches[4].beta == pytest.approx((0.8 + 0.7 + 0.3 + 0.3) / 4)
+    assert course.beta_range == (0.3, 1.0)
+    assert course.beta_at_bound == pytest.approx(2 / 20)
+
+
+def test_the_report_shows_it(base: Path, grace: Path) -> None:
+    text = render(compare([grace], base))
+    assert "## Training" in text
+    assert "between 0.3 and 1 and lay at one of its bounds in 10 % of the steps" in text
+    assert "## Training" not in render(compare([base], base))
+
+
+def test_terms_that_were_off_are_not_recorded(base: Path, grace: Path) -> None:
+    for seed in (0, 1):
+        off = {"kd": None, "rcka": None, "gate": None, "beta": None}
+        trained(grace / f"seed-{seed}", [0.5, 0.5], **off)
+    (course,) = compare([grace], base).training
+    assert [(s.first, s.last) for s in course.stretches] == [(1, 1), (2, 2)]
+    assert course.stretches[0].kd is course.beta_range is course.beta_at_bound is None
+
+
+def test_a_damaged_log_is_one_clear_error(base: Path, grace: Path) -> None:
+    (grace / "seed-1" / "train.jsonl").write_text('{"step": 1, "ce": 0.3}\n{"step')
+    with pytest.raises(ArtifactError, match=r"seed-1/train\.jsonl is damaged"):
+        compare([grace], base)
