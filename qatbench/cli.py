@@ -187,7 +187,7 @@ def run_command(
 ) -> None:
     """Run a whole recipe: make and evaluate what is missing, then compare. Resumes by itself.
 
-    Example: qatbench run recipes/demo.yaml --data mini-text
+    Example: qatbench run recipes/mini.yaml
     """
     from qatbench.recipe_file import load_recipe
     from qatbench.stages.grid_check import check_grid, check_name
