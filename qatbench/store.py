@@ -8,6 +8,7 @@ finished; one that has only the first can be resumed by the same settings and no
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -15,6 +16,7 @@ import os
 import platform
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -86,8 +88,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def predictions_file(folder: Path) -> Path:
+    """The predictions of a run folder: predictions.jsonl, or what `gzip` made of it."""
+    plain = folder / "predictions.jsonl"
+    packed = folder / "predictions.jsonl.gz"
+    return packed if packed.is_file() and not plain.is_file() else plain
+
+
+def prediction_lines(path: Path) -> list[bytes]:
+    """The lines of predictions.jsonl or predictions.jsonl.gz; a whole file ends with an empty one.
+
+    Raises: ArtifactError when it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).split(b"\n")
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(
+            f"cannot read {path}: {reason}", hint="delete its folder and evaluate again"
+        ) from error
+
+
 def read_predictions(path: Path, *, torn_tail: bool = False) -> list[Prediction]:
-    """Read predictions.jsonl.
+    """Read predictions.jsonl, or predictions.jsonl.gz.
 
     Args:
         path: the file.
@@ -96,12 +120,7 @@ def read_predictions(path: Path, *, torn_tail: bool = False) -> list[Prediction]
     Raises: ArtifactError naming file and line on any other damage.
     """
     rows: list[Prediction] = []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot read {path}: {error.strerror}", hint="delete its folder and evaluate again"
-        ) from error
+    lines = prediction_lines(path)
     for number, line in enumerate(lines, start=1):
         if not line and number == len(lines):
             break

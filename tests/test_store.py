@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -407,3 +408,20 @@ def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert store.cache_folder() == tmp_path / "home" / ".cache" / "qatbench"
+
+
+def test_predictions_may_be_gzipped(tmp_path: Path) -> None:
+    line = b'{"id":"1","task":"t","choices":["A","B"],"gold":"A","chosen":"A","status":"ok"}\n'
+    plain, packed = tmp_path / "predictions.jsonl", tmp_path / "predictions.jsonl.gz"
+    assert store.predictions_file(tmp_path) == plain  # what an error message should name
+    packed.write_bytes(gzip.compress(line * 3))
+    assert store.predictions_file(tmp_path) == packed
+    assert [row.chosen for row in store.read_predictions(packed)] == ["A"] * 3
+    packed.write_bytes(gzip.compress(line * 3)[:-9])
+    with pytest.raises(ArtifactError, match=r"cannot read .*predictions\.jsonl\.gz"):
+        store.read_predictions(packed)
+    packed.write_bytes(line)
+    with pytest.raises(ArtifactError, match="cannot read"):
+        store.read_predictions(packed)
+    plain.write_bytes(line)
+    assert store.predictions_file(tmp_path) == plain

@@ -16,6 +16,7 @@ from qatbench.records import Metrics, Prediction, TaskMetrics
 from qatbench.report.model import CheckpointFacts
 from qatbench.stages.metrics import units as questions
 from qatbench.stages.paired import Scores
+from qatbench.store import prediction_lines, predictions_file
 
 PREDICTIONS, METRICS, PROVENANCE = "predictions.jsonl", "metrics.json", "provenance.json"
 CHECKPOINT = "checkpoint.json"  # provenance of the checkpoint, kept beside the answers by `run`
@@ -112,14 +113,15 @@ def _run_folders(folder: Path) -> list[tuple[int, Path]]:
         )
     matches = [(_SEED_FOLDER.fullmatch(child.name), child) for child in folder.iterdir()]
     seeds = sorted((int(m[1]), child) for m, child in matches if m and child.is_dir())
-    if seeds and (folder / PREDICTIONS).exists():
+    if seeds and predictions_file(folder).exists():
         raise ArtifactError(
             f"{folder} holds both {PREDICTIONS} and seed folders",
             hint="keep one of the two: an arm is one run, or one folder a seed",
         )
     runs = seeds or [(0, folder)]
     for _, run in runs:
-        missing = [name for name in (PREDICTIONS, METRICS) if not (run / name).is_file()]
+        files = {PREDICTIONS: predictions_file(run), METRICS: run / METRICS}
+        missing = [name for name, file in files.items() if not file.is_file()]
         if missing:
             raise PrerequisiteError(
                 f"{run} is not finished: no {' and no '.join(missing)}",
@@ -129,7 +131,7 @@ def _run_folders(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _load_run(seed: int, folder: Path) -> Run:
-    units = _read_predictions(folder / PREDICTIONS)
+    units = _read_predictions(predictions_file(folder))
     path = folder / METRICS
     try:
         metrics = Metrics.model_validate_json(path.read_bytes())
@@ -175,7 +177,7 @@ def _read_predictions(path: Path) -> dict[str, Units]:
     """Rows by task and question, as metrics.json counts them: see `metrics.units`."""
     seen: dict[tuple[str, str], int] = {}
     by_task: dict[str, list[Prediction]] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(b"\n".join(prediction_lines(path)).splitlines(), start=1):
         try:
             row = Prediction.model_validate({"choices": (), **json.loads(line)})
         except (ValueError, TypeError) as error:  # ValidationError and bad UTF-8 are ValueErrors

@@ -180,10 +180,11 @@ def _absent(question: Question) -> Question:
 
 def _finished(out: Path) -> dict[str, Any]:
     """Provenance of a finished folder, once its files are known to be whole."""
-    for name in ("predictions.jsonl", "metrics.json"):
-        if not (out / name).exists():
-            raise ArtifactError(f"{out / name} is gone", hint="delete the folder, evaluate again")
-    store.read_predictions(out / "predictions.jsonl")
+    predictions = store.predictions_file(out)
+    for file in (predictions, out / "metrics.json"):
+        if not file.exists():
+            raise ArtifactError(f"{file} is gone", hint="delete the folder, evaluate again")
+    store.read_predictions(predictions)
     return store.read_json(out / store.PROVENANCE)
 
 

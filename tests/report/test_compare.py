@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import itertools
 import json
 import math
@@ -293,3 +294,13 @@ def test_json_holds_no_nan(pair: tuple[Path, Path]) -> None:
         raise AssertionError(name)
 
     assert math.isfinite(json.loads(text, parse_constant=refuse)["tasks"][0]["pairs"][0]["p"])
+
+
+def test_gzipped_predictions_give_the_same_comparison(tmp_path: Path) -> None:
+    base, arm = lost_two_gained_three(tmp_path)
+    before = compare([arm], base)
+    for run in (base, arm):
+        plain = run / "predictions.jsonl"
+        (run / "predictions.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    assert compare([arm], base) == before
