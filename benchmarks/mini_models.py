@@ -20,13 +20,14 @@ MODELS = ("student", "teacher")
 BOTH = ("--task", "scienceqa:test", "--task", "mmbench:dev")
 PICTURES = ("--task", "scienceqa:test:image")
 LETTERS = ("--protocol", "scienceqa=llava-sqa", "--protocol", "mmbench=llava-mmbench")
+WRITTEN = ("--task", "scienceqa:test", "--mode", "generate", "--limit", "600")
 EVALUATIONS = {  # name -> (what it is, arguments)
     "options": ("options' texts scored (protocol `qatbench`)", BOTH),
     "letters": ("letters scored (`llava-sqa`, `llava-mmbench`)", (*BOTH, *LETTERS)),
     "generate": ("answer written, matched with an option (`qatbench`)",
-                 ("--task", "scienceqa:test", "--mode", "generate")),
+                 WRITTEN),
     "generate-letters": ("letter written (`llava-sqa`)",
-                         ("--task", "scienceqa:test", "--mode", "generate", *LETTERS[:2])),
+                         (*WRITTEN, *LETTERS[:2])),
     "no-pictures": ("picture questions without their pictures", (*PICTURES, "--images", "none")),
     "shuffled": ("picture questions with another question's", (*PICTURES, "--images", "shuffled")),
 }  # fmt: skip
