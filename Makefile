@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.qatbench-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test check golden pack clean
+.PHONY: setup demo test check golden pack manifest clean
 
 setup: $(STAMP)  ## virtual environment with everything, in one resolve
 
@@ -32,7 +32,10 @@ golden: setup  ## rewrite the golden report
 	QATBENCH_GOLDEN=write $(BIN)/python -m pytest tests/report
 
 pack:  ## gzip the predictions under results/, as they are committed; every verb reads them so
-	find results -name predictions.jsonl -not -path 'results/*demo/*' -exec gzip -9n {} +
+	find results -name predictions.jsonl -not -path 'results/*demo/*' -exec gzip -9nf {} +
+
+manifest:  ## write the digests of the shipped weights again, after training them anew
+	$(BIN)/python -c "from qatbench.vlm import builtin; builtin.write_manifest(builtin.WEIGHTS)"
 
 clean:  ## remove what the demo made
 	rm -rf results/demo

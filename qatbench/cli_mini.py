@@ -32,7 +32,11 @@ def build_command(
         progress(f"Drawing {kind}", 0, 0)
         made = (benchmark if kind == "mini" else text).build(out, seed=seed)
     ui.result({"folder": str(out), "kind": kind, "seed": seed}, [f"wrote {made}"])
-    ui.next_command(f"qatbench eval mini/student --task scienceqa:test --data {out} --out RUN")
+    if seed:  # the shipped models know the world of seed 0
+        ui.next_command(f"qatbench mini train student --seed {seed} --out MODELS")
+    else:
+        data = out.absolute()
+        ui.next_command(f"qatbench eval mini/student --task scienceqa:test --data {data} --out RUN")
 
 
 @app.command("train")
@@ -51,14 +55,16 @@ def train_command(
 
     Example: qatbench mini train student --out out/student
     """
-    from qatbench.mini.pretrain import LR, PretrainSettings, pretrain
-    from qatbench.vlm.builtin import write_manifest
+    from qatbench.mini.pretrain import PretrainSettings, pretrain
     from qatbench.vlm.load import pick_device
 
     ui = Ui(as_json=as_json)
-    settings = PretrainSettings(size=size, seed=seed, steps=steps, lr=lr or LR[size])
+    settings = PretrainSettings(size=size, seed=seed, steps=steps, lr=lr)
     with ui.progress() as progress:
         folder = pretrain(settings, out, pick_device(device), progress)
-    write_manifest(out)
     ui.result({"model": str(folder), "size": size, "steps": steps}, [f"wrote {folder}"])
-    ui.next_command(f"qatbench eval {folder} --task scienceqa:test --data mini --out RUN")
+    if seed:
+        ui.next_command(f"qatbench mini build --seed {seed} --out DATA")
+    else:
+        model = folder.absolute()
+        ui.next_command(f"qatbench eval {model} --task scienceqa:test --data mini --out RUN")

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from qatbench.mini import models, names
 from qatbench.mini.benchmark import identities
-from qatbench.mini.draw import SHAPES, SIDE, TOWN_LETTERS, caption
+from qatbench.mini.draw import SHAPES, TOWN_LETTERS, caption
 from qatbench.mini.facts import Facts
 from qatbench.mini.facts import facts as draw_facts
 from qatbench.mini.questions import KINDS, PICTURES, Made, draw
@@ -33,6 +33,7 @@ from qatbench.tasks import protocols
 from qatbench.tasks import protocols_prompts as prompts
 
 LENGTH = 128
+JOBS = 64  # parts, each drawn from a seed of its own
 OPENING = 2  # tokens before the visual ones: `USER :`
 TEXTS = tuple(name for name in KINDS if name not in PICTURES)
 WORKED = "worked"  # lettered options, answered by the text and then its letter: to learn letters
@@ -92,16 +93,16 @@ def make(
     Args:
         seed: of facts and rows.
         amounts: how much of everything.
-        held_out: identities (`benchmark.identities`) that must not appear.
+        held_out: identities (`benchmark.identities`) of scenes that must not appear. Facts need
+            none: a question of val or test has a wording that train does not use.
         progress: callback.
     """
-    jobs = 64
-    parts = [(seed, job, amounts.part(jobs), held_out) for job in range(jobs)]
+    parts = [(seed, job, amounts.part(JOBS), held_out) for job in range(JOBS)]
     done: list[Corpus] = []
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
         for part in pool.map(_part, parts):
             done.append(part)
-            progress("Drawing the corpus", len(done), jobs)
+            progress("Drawing the corpus", len(done), JOBS)
 
     def joined(piles: list[Pile]) -> Pile:
         return Pile(*(np.concatenate(column) for column in zip(*piles, strict=True)))
@@ -245,5 +246,4 @@ def _pile(rows: list[Row], scenes: list[Made]) -> Pile:
         ids[i, : len(tokens)] = tokens
         weights[i, : len(shares)] = shares
     grids = [made.grid for made in scenes if made.grid is not None]
-    shape = (0, SIDE, SIDE) if scenes else (0,)
-    return Pile(ids, weights, np.stack(grids) if grids else np.zeros(shape, np.int16))
+    return Pile(ids, weights, np.stack(grids) if grids else np.zeros(0, np.int16))

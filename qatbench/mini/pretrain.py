@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from qatbench import store
 from qatbench.errors import NumericsError, UsageError
 from qatbench.mini import models
 from qatbench.mini.benchmark import CIRCULAR, SIZES, fill
-from qatbench.mini.corpus import OPENING, Amounts, Corpus, Pile, make
+from qatbench.mini.corpus import JOBS, OPENING, Amounts, Corpus, Pile, make
 from qatbench.mini.draw import tile_pixels
 from qatbench.mini.facts import facts as draw_facts
 from qatbench.mini.questions import PICTURES
@@ -40,7 +40,7 @@ class PretrainSettings:
     size: str = "student"
     seed: int = 0
     steps: int = 19_000
-    lr: float = 1e-3  # `LR` has that of each size
+    lr: float | None = None  # highest learning rate; None: the size's own, LR
     warmup: int = 200
     weight_decay: float = 0.05
     clip: float = 1.0
@@ -59,6 +59,14 @@ def pretrain(settings: PretrainSettings, out: Path, device: str, progress: Progr
     folder = out / settings.size
     if settings.size not in models.SIZES:
         raise UsageError(f"no size {settings.size!r}", hint=", ".join(models.SIZES))
+    if settings.lr is None:
+        settings = replace(settings, lr=LR[settings.size])
+    elif not settings.lr > 0:
+        raise UsageError(f"a learning rate of {settings.lr}", hint="give one above 0")
+    if min(settings.amounts) < JOBS:
+        raise UsageError(
+            f"fewer than {JOBS} texts of a sort", hint="draw more: one a worker's part"
+        )
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} exists and is not empty", hint="name a new folder")
     started = time.monotonic()
@@ -92,6 +100,7 @@ def held_out(seed: int) -> frozenset[str]:
 def _fit(
     model: Any, corpus: Corpus, settings: PretrainSettings, device: str, progress: Progress
 ) -> list[dict[str, float]]:
+    assert settings.lr is not None  # pretrain() filled it in
     torch.backends.cuda.matmul.allow_tf32 = True
     model.train()
     step = _Step(model, corpus, settings, device)

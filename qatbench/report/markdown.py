@@ -245,6 +245,7 @@ def _definition(definition: Definition, baseline: str) -> str:
     facts = {
         "baseline": f"`{baseline}`",
         "questions": questions,
+        **({} if definition.images == ("shown",) else {"images": _setting(definition.images)}),
         "data": _by_name(definition.data),
         "protocol": _setting(definition.protocol),
         "mode": _setting(definition.mode),

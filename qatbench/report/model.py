@@ -38,6 +38,7 @@ class WarningCode(StrEnum):
     UNPAIRED_SEEDS = "UNPAIRED_SEEDS"
     NO_TRAINED_CONTROL = "NO_TRAINED_CONTROL"
     INTERSECTION = "INTERSECTION"
+    CONTROL_IMAGES = "CONTROL_IMAGES"
     METRICS_DISAGREE = "METRICS_DISAGREE"
 
 
@@ -66,6 +67,8 @@ ADVICE: dict[WarningCode, str] = {
     " data credits quantization with what training did: add an sft arm",
     WarningCode.INTERSECTION: "the figures are of the shared questions only, and are not the"
     " benchmark's score",
+    WarningCode.CONTROL_IMAGES: "pictures were left out or swapped: these are controls that show"
+    " whether a model looks, not the benchmark's score",
     WarningCode.METRICS_DISAGREE: "the figures here are recomputed from predictions.jsonl; its"
     " metrics.json says otherwise: run eval or score again",
 }
@@ -183,6 +186,7 @@ class Definition(Record):
     dropped: dict[str, int]  # questions per arm left out by --intersection; empty without it
     intersection: bool  # whether arms over different questions were cut to the shared ones
     text_only: bool | None  # no question has an image; None where it was not recorded
+    images: Setting = ("shown",)  # or none, shuffled: controls
     data: dict[str, Setting]  # task:split -> digest
     prompt_form: Setting  # e.g. which chat template
     dtype: Setting

@@ -59,6 +59,9 @@ def _of_definition(definition: Definition) -> Iterable[ReportWarning | None]:
     yield differing(WarningCode.DIFFERENT_DATA, definition.data)
     cut = {arm: f"{arm}: {count} left out" for arm, count in definition.dropped.items() if count}
     yield _about(WarningCode.INTERSECTION, cut)
+    if definition.images != ("shown",):
+        told = f"images: {' | '.join(definition.images)}"
+        yield ReportWarning(code=WarningCode.CONTROL_IMAGES, arms=(), detail=told)
 
 
 def _of_arms(arms: tuple[ArmResult, ...]) -> Iterable[ReportWarning | None]:

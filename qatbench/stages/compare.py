@@ -194,7 +194,9 @@ def _definition(arms: list[Arm], sheet: Sheet, settings: _Settings) -> Definitio
         for digests in data
     ]
     rows = [row for run in runs for key in sheet.keys for row in run.units[sheet.task][key]]
-    images = {row.meta.get("has_image") for row in rows}
+    pictured = {row.meta.get("has_image") for row in rows}
+    images = _distinct(section(run.provenance, "spec").get("images", "shown") for run in runs)
+    text_only = False if True in pictured else True if pictured == {False} else None
     recipes = [_text(_stated(run, "recipe")) for run in runs]
     return Definition(
         task=sheet.task,
@@ -203,7 +205,8 @@ def _definition(arms: list[Arm], sheet: Sheet, settings: _Settings) -> Definitio
         n=len(sheet.keys),
         dropped=sheet.dropped,
         intersection=settings.intersection,
-        text_only=False if True in images else True if images == {False} else None,
+        text_only=text_only if images == ("shown",) else None,
+        images=images,
         data=_distinct_by_key(mine),
         prompt_form=_distinct(_stated(run, "prompt_form") for run in runs),
         dtype=_distinct(_stated(run, "dtype") for run in runs),

@@ -69,7 +69,9 @@ class EvalSettings:
         )
 
     def _control(self) -> dict[str, Any]:
-        return {} if self.images == "shown" else {"images": self.images, "seed": self.seed}
+        if self.images == "shown":
+            return {}
+        return {"images": self.images} | ({"seed": self.seed} if self.images == "shuffled" else {})
 
 
 def questions_of(
@@ -296,6 +298,7 @@ def _write_predictions(rows: Sequence[Prediction], out: Path, paths: Mapping[str
     if kept != list(rows):
         store.write_text(out / "responses.jsonl", _lines(rows))
     store.write_text(out / "predictions.jsonl", _lines(kept))
+    (out / "predictions.jsonl.gz").unlink(missing_ok=True)  # of an earlier answer
 
 
 def _lines(rows: Iterable[Prediction]) -> str:

@@ -7,7 +7,6 @@ different arms of one recipe at the same time: each artifact is made under a loc
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,8 +62,10 @@ def run(
             continue
         folder = _eval_folder(plan, unit, asked)
         with store.locked(unit.folder):
-            if folder.state() is not store.State.DONE:
+            new = folder.state() is not store.State.DONE
+            if new:
                 _evaluate(plan, unit, _say(unit, progress), save_every)
+            _keep(unit, replace=new)
     write_lock(recipe, plan.root / "recipe.lock.yaml")
     everything = plan.units(list(recipe.arms))
     missing = [
@@ -142,9 +143,14 @@ def _evaluate(plan: Plan, unit: Unit, progress: Progress, save_every: int) -> No
         model_of(plan, unit), plan.evaluation, plan.paths, unit.folder, resume=True,
         progress=progress,
     )  # fmt: skip
+
+
+def _keep(unit: Unit, *, replace: bool) -> None:
+    """Copy what is kept with the results; a run that was killed before this does it later."""
     for name, kept in KEPT_WITH_RESULTS.items():
-        if unit.checkpoint and (unit.checkpoint / name).exists():
-            shutil.copyfile(unit.checkpoint / name, unit.folder / kept)
+        source = unit.checkpoint / name if unit.checkpoint else None
+        if source and source.exists() and (replace or not (unit.folder / kept).exists()):
+            store.write_text(unit.folder / kept, source.read_text(encoding="utf-8"))
 
 
 def make_checkpoint(plan: Plan, unit: Unit, progress: Progress, save_every: int) -> None:

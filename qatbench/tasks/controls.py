@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from qatbench.errors import UsageError
@@ -15,28 +17,34 @@ Images = Literal["shown", "none", "shuffled"]
 def with_images(questions: Sequence[Question], images: Images, seed: int = 0) -> list[Question]:
     """The questions as asked: `shown` as they are, `none` without pictures, `shuffled` swapped.
 
-    Shuffled, every question with a picture gets that of the next one in a seeded order; the passes
-    of a circular question stay together. Questions without a picture are left as they are.
+    Shuffled, every picture is replaced by the next one of the different pictures in a seeded
+    order; questions that shared one share the other. Questions without are left as they are.
 
-    Raises: UsageError when fewer than two questions have a picture to swap.
+    Raises: UsageError when there are fewer than two different pictures.
     """
     if images == "shown":
         return list(questions)
     if images == "none":
         return [question.model_copy(update={"image": None}) for question in questions]
-    pictures = {_key(question): question.image for question in questions if question.has_image}
+    keys = [_key(question.image) for question in questions]
+    pictures = {key: q.image for key, q in zip(keys, questions, strict=True) if key is not None}
     if len(pictures) < 2:
-        raise UsageError("shuffled pictures need at least two questions with one")
-    keys = sorted(pictures)
-    random.Random(f"{seed}/images").shuffle(keys)
-    taken = {key: pictures[keys[i - 1]] for i, key in enumerate(keys)}
+        raise UsageError("shuffled pictures need at least two different ones")
+    order = sorted(pictures)
+    random.Random(f"{seed}/images").shuffle(order)
+    taken = {key: pictures[order[i - 1]] for i, key in enumerate(order)}
     return [
-        question.model_copy(update={"image": taken[_key(question)]})
-        if question.has_image
-        else question
-        for question in questions
+        question if key is None else question.model_copy(update={"image": taken[key]})
+        for key, question in zip(keys, questions, strict=True)
     ]
 
 
-def _key(question: Question) -> tuple[str, str]:
-    return question.task, question.group or question.id
+def _key(image: Path | bytes | None) -> str | None:
+    """What tells pictures apart: their bytes, or the name of a file that is not there."""
+    if image is None:
+        return None
+    if isinstance(image, Path):
+        if not image.is_file():
+            return f"missing {image.as_posix()}"
+        image = image.read_bytes()
+    return hashlib.sha256(image).hexdigest()

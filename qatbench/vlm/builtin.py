@@ -82,8 +82,9 @@ def mini_folder(name: str) -> Path:
 
 
 def write_manifest(weights: Path) -> None:
-    """Write the SHA-256 of every file of every model folder in `weights`."""
-    files = sorted(file for file in weights.glob("*/*") if file.is_file())
+    """Write the SHA-256 of every file of the built-in models in `weights`."""
+    folders = [weights / name.removeprefix("mini/") for name in MINI]
+    files = sorted(file for folder in folders for file in folder.glob("*") if file.is_file())
     digests = {file.relative_to(weights).as_posix(): store.file_digest(file) for file in files}
     store.write_json(weights / MANIFEST, digests)
 

@@ -98,6 +98,10 @@ def find(name: str) -> ModelFolder:
     if name == builtin.SMOLLM2:
         path = builtin.smollm2_folder()
     elif name in builtin.MINI:
+        if Path(name).exists():
+            raise UsageError(
+                f"{name} is a built-in model and a folder here", hint=f"for the folder: ./{name}"
+            )
         path = builtin.mini_folder(name)
     elif Path(name).exists():
         path = Path(name)

@@ -6,6 +6,7 @@ import io
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from qatbench.errors import UsageError
-from qatbench.mini import corpus, draw, models, pretrain, questions
+from qatbench.mini import benchmark, corpus, draw, models, pretrain, questions
 from qatbench.mini.facts import Facts, facts, home_split
 from qatbench.records import Question
 from qatbench.stages.common import silent
@@ -69,13 +70,28 @@ def test_a_row_with_a_picture_is_what_the_processor_makes(world: Facts) -> None:
     torch.testing.assert_close(pixels, wanted["pixel_values"], atol=1e-5, rtol=0)
 
 
-def test_no_training_question_uses_the_wording_of_a_test_question(world: Facts) -> None:
+@pytest.mark.parametrize("kind", ["about_book", "about_person", "home_of_person"])
+def test_no_training_question_uses_the_wording_of_a_test_question(kind: str, world: Facts) -> None:
     rng = random.Random(5)
-    asked = {questions.draw(rng, world, "test", ("about_book",)).text for _ in range(300)}
-    trained = {questions.draw(rng, world, "train", ("about_book",)).text for _ in range(20_000)}
+    asked = {questions.draw(rng, world, "test", (kind,)).text for _ in range(300)}
+    trained = {questions.draw(rng, world, "train", (kind,)).text for _ in range(10_000)}
     assert not asked & trained
     shares = [home_split("book", n, a) for n in range(4096) for a in range(3)]
     assert {"test", "val", "train"} == set(shares)
+
+
+def test_scenes_of_the_benchmark_are_held_out(world: Facts) -> None:
+    """All splits and the circular questions; a held-out scene is drawn again."""
+    held = pretrain.held_out(0)
+    seen: set[str] = set()
+    for split, size in benchmark.SIZES.items():
+        benchmark.fill(world, split, size, 0, seen)
+    dev = benchmark.fill(world, "dev", benchmark.CIRCULAR["dev"], 0, set(seen), questions.PICTURES)
+    assert seen < held
+    assert all(benchmark.identities(made) <= held for made in dev)
+    first = corpus._scene(random.Random(9), world, frozenset())
+    again = corpus._scene(random.Random(9), world, frozenset(benchmark.identities(first)))
+    assert benchmark.identities(again).isdisjoint(benchmark.identities(first))
 
 
 def test_statements_share_a_weight_and_answers_have_their_own(world: Facts) -> None:
@@ -102,4 +118,31 @@ def test_two_steps_make_a_model_that_every_verb_can_load(tmp_path: Path) -> None
     assert max(sizes) < 16_000_000
     with pytest.raises(UsageError, match="not empty"):
         pretrain.pretrain(settings, tmp_path, "cpu", silent)
+    assert lines[0]["settings"]["lr"] == pretrain.LR["student"]
+    for wrong in (0.0, -1e-3):
+        with pytest.raises(UsageError, match="learning rate"):
+            pretrain.pretrain(replace(settings, lr=wrong), tmp_path / "new", "cpu", silent)
+    few = replace(settings, amounts=corpus.Amounts(8, 8, 8, 8, 8))
+    with pytest.raises(UsageError, match="fewer than 64"):
+        pretrain.pretrain(few, tmp_path / "new", "cpu", silent)
     assert re.fullmatch(r"[\w<>/]+", loaded.tokenizer.eos_token)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_trains_like_a_step_that_is_not(world: Facts) -> None:
+    amounts = corpus.Amounts(64, 64, 64, 64, 64)
+    settings = pretrain.PretrainSettings(rows=(8, 8, 8, 8), amounts=amounts, lr=1e-3)
+    drawn = corpus.make(0, amounts, frozenset(), silent)
+    ends = []
+    for captured in (False, True):
+        model = models.build("student", 0).cuda().train()
+        step = pretrain._Step(model, drawn, settings, "cuda")
+        run = step.captured() if captured else step.run
+        for _ in range(0 if captured else pretrain.WARM_UP):
+            step.prepare(0.0)
+            run()
+        for _ in range(20):
+            step.prepare(1e-3)
+            run()
+        ends.append(step.losses.tolist())
+    assert ends[0] == pytest.approx(ends[1], rel=0.02)

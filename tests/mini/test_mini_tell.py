@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qatbench.mini import corpus, draw, models, names, pretrain, questions, tray
+from qatbench.mini import atlas, corpus, draw, models, names, pretrain, questions, tray
 from qatbench.mini.facts import Facts, facts
 from qatbench.mini.tell import tells
 
@@ -64,7 +64,7 @@ def test_what_is_known_of_a_corner(world: Facts) -> None:
 
 
 def test_what_is_known_of_towns(world: Facts) -> None:
-    rng, told = random.Random(3), 0
+    rng, told, ways = random.Random(3), 0, set()
     for _ in range(40):
         made = questions.draw(rng, world, "train", ("next_town",))
         found = {w.split()[1]: (p, w.split()[0]) for p, w in tiles(made).items() if " " in w}
@@ -80,11 +80,12 @@ def test_what_is_known_of_towns(world: Facts) -> None:
                 told += 1
             elif match := re.search(r"around town (\w)", asked):
                 assert answer.startswith(f" {found[match[1]][1]}; north ")
-        east = re.fullmatch(r"Which town is directly east of town (\w)\?", made.text)
-        if east:
-            around = dict(tells(made.grid, world, rng))[f"What is around town {east[1]}?"]  # type: ignore[arg-type]
-            right = made.choices[made.answer].split()[1]
-            assert around.endswith(f"east {right}")
+        way, here = re.fullmatch(r"Which town is directly (\w+) of town (\w)\?", made.text).groups()  # type: ignore[union-attr]
+        around = dict(tells(made.grid, world, rng))[f"What is around town {here}?"]  # type: ignore[arg-type]
+        right = made.choices[made.answer].split()[1]
+        assert f"{way} {right}" in around.split("; ")[1].split(", ")
+        ways.add(way)
+    assert ways == set(atlas.AXES)
     assert told > 60
 
 

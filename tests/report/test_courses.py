@@ -75,7 +75,28 @@ def test_terms_that_were_off_are_not_recorded(base: Path, grace: Path) -> None:
     assert course.stretches[0].kd is course.beta_range is course.beta_at_bound is None
 
 
-def test_a_damaged_log_is_one_clear_error(base: Path, grace: Path) -> None:
-    (grace / "seed-1" / "train.jsonl").write_text('{"step": 1, "ce": 0.3}\n{"step')
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"step": 1, "ce": 0.3}\n{"step',
+        '{"step": 1, "ce": null}',
+        '{"step": 1, "ce": NaN}',
+        '{"step": "1", "ce": 0.3}',
+        '{"step": 1, "ce": "x"}',
+        "[]",
+        "",
+    ],
+)
+def test_a_damaged_log_is_one_clear_error(text: str, base: Path, grace: Path) -> None:
+    (grace / "seed-1" / "train.jsonl").write_text(text)
     with pytest.raises(ArtifactError, match=r"seed-1/train\.jsonl is damaged"):
+        compare([grace], base)
+
+
+def test_logs_of_all_seeds_or_none(base: Path, grace: Path) -> None:
+    trained(grace / "seed-1", [0.5] * 9)
+    with pytest.raises(ArtifactError, match="different lengths"):
+        compare([grace], base)
+    (grace / "seed-1" / "train.jsonl").unlink()
+    with pytest.raises(ArtifactError, match="for 1 of its 2 seeds"):
         compare([grace], base)

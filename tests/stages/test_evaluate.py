@@ -17,6 +17,7 @@ from qatbench.errors import ArtifactError, NumericsError, UsageError
 from qatbench.records import Prediction
 from qatbench.stages import evaluate as stage
 from qatbench.stages.common import silent
+from qatbench.stages.compare import compare
 from qatbench.stages.evaluate import PARTIAL, EvalSettings, evaluate
 from qatbench.tasks import scienceqa, selector
 from qatbench.vlm import answer
@@ -335,3 +336,24 @@ def test_ties_are_counted(
     run(llava, asking("scienceqa:test:image"), data, tmp_path / "run")
     assert {(row.chosen, row.tie) for row in rows_in(tmp_path / "run")} == {("B", True)}
     assert store.read_json(tmp_path / "run" / "metrics.json")["tasks"][0]["ties"] == 6
+
+
+def test_image_controls_change_answers_and_cannot_be_mistaken(
+    llava: ModelFolder, data: dict[str, str], tmp_path: Path, whole: Path
+) -> None:
+    for images in ("none", "shuffled"):
+        settings = dataclasses.replace(asking(), images=images)
+        record = run(llava, settings, data, tmp_path / images)
+        assert record["spec"]["images"] == images
+        pictured = {row.id for row in rows_in(whole) if row.meta["has_image"]}
+        before = {row.id: row.scores for row in rows_in(whole)}
+        after = {row.id: row.scores for row in rows_in(tmp_path / images)}
+        changed = {key for key in before if before[key] != after[key]}
+        assert changed
+        assert changed <= pictured
+        found = compare([tmp_path / images], whole).tasks[0]
+        assert set(found.definition.images) == {"shown", images}
+        assert "CONTROL_IMAGES" in {warning.code for warning in found.warnings}
+    with pytest.raises(ArtifactError, match="other settings"):
+        run(llava, asking(), data, tmp_path / "none", resume=True)
+    assert "images" not in store.read_json(whole / store.PROVENANCE)["spec"]

@@ -45,6 +45,14 @@ def test_shuffled_gives_every_question_another_picture_and_passes_the_same() -> 
     assert len(orders) == 2  # both ways round
 
 
+def test_equal_pictures_are_one_picture() -> None:
+    rows = [asked(1, b"same"), asked(2, b"same"), asked(3, b"other")]
+    swapped = [question.image for question in with_images(rows, "shuffled")]
+    assert swapped == [b"other", b"other", b"same"]
+    with pytest.raises(UsageError, match="two different"):
+        with_images(rows[:2], "shuffled")
+
+
 def test_one_picture_cannot_be_shuffled() -> None:
-    with pytest.raises(UsageError, match="at least two"):
+    with pytest.raises(UsageError, match="two different"):
         with_images(QUESTIONS[3:], "shuffled")

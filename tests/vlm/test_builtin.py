@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from qatbench.errors import ArtifactError
+from qatbench.errors import ArtifactError, UsageError
 from qatbench.mini import models
 from qatbench.vlm import builtin
 from qatbench.vlm.load import find
@@ -90,3 +90,14 @@ def test_a_wheel_holds_the_weights(tmp_path: Path) -> None:
     }
     listed = json.loads((builtin.WEIGHTS / builtin.MANIFEST).read_text())
     assert {*listed, builtin.MANIFEST} <= inside
+
+
+def test_a_folder_of_the_same_name_is_never_taken_for_the_built_in_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(builtin.WEIGHTS / "student", tmp_path / "mini" / "student")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="a built-in model and a folder here"):
+        find("mini/student")
+    assert find("./mini/student").path == Path("mini/student")
+    assert find("mini/teacher").path == builtin.WEIGHTS / "teacher"
