@@ -55,14 +55,15 @@ def metric_row(item: dict[str, Any]) -> dict[str, str]:
 
 
 def comparison_result(ui: Ui, result: Any, out: Path) -> None:
-    """Show the table of a comparison and where its report is."""
+    """Show a table a task of a comparison, and where its report is."""
     from qatbench.report.tables import arm_rows
 
-    rows = arm_rows(result)
-    if len(result.tasks) == 1:
+    shown = []
+    for task in (task.definition.task for task in result.tasks):
+        rows = [row for row in arm_rows(result) if row["task"] == task]
         rows = [{k: v for k, v in row.items() if k != "task"} for row in rows]
-    title = f"accuracy, difference to {result.baseline}"
-    shown = [table(title, rows, right=("acc %", "n", "MB", "bits/w", "cost"))]
+        title = f"{task}: accuracy, difference to {result.baseline}"
+        shown.append(table(title, rows, right=("acc %", "n", "MB", "bits/w", "cost")))
     ui.result(result.model_dump(mode="json"), [*shown, f"report: {out / 'report.md'}"])
 
 

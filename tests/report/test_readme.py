@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -24,3 +26,37 @@ def test_result_rows_are_those_of_the_committed_report() -> None:
     for name, cells in shown.items():
         row = arms[name]
         assert cells == (row["acc %"], row["95 % CI"], row["diff"], row["p"]), name
+
+
+def test_figures_of_the_drawn_benchmark_are_those_of_the_committed_report() -> None:
+    tables = ROOT / "results" / "mini" / "tables" / "arms.csv"
+    if not tables.is_file():
+        pytest.skip("results/mini is not in this copy")
+    with tables.open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["task"] == "scienceqa"]
+    accuracy = {row["arm"]: row["acc %"] for row in rows}
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    methods = ("rtn", "gptq", "awq", "qat", "grace")
+    for bits in (4, 3, 2):
+        cells = " | ".join(accuracy[f"{method}-w{bits}"] for method in methods)
+        assert f"| {bits} | {cells} |" in text
+    assert f"at 16 bits {accuracy['base']}" in text
+    comparison = json.loads((ROOT / "results" / "mini" / "comparison.json").read_text())
+    contests = {pair["arm"][-1]: pair for pair in comparison["tasks"][0]["contests"]}
+    told = {bits: round(100 * contests[bits]["difference"], 1) for bits in "23"}
+    low, high = (round(100 * contests["3"][end], 1) for end in ("low", "high"))
+    assert f"At 2 bits training on the grid is {told['2']} points above the best PTQ" in text
+    assert f"ahead by {told['3']} [{low:+}, {high:+}]" in text
+    assert contests["2"]["p_holm"] < 0.001 < 0.05 < contests["3"]["p_holm"]
+
+
+def test_the_page_of_the_built_in_models_is_made_from_their_metrics() -> None:
+    folder = ROOT / "results" / "mini-pretraining"
+    if not (folder / "README.md").is_file():
+        pytest.skip("results/mini-pretraining is not in this copy")
+    spec = importlib.util.spec_from_file_location("mini_models", ROOT / "benchmarks/mini_models.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (folder / "README.md").read_text(encoding="utf-8") == module.page(folder)
