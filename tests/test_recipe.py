@@ -5,13 +5,15 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+import yaml
 
 from qatbench.errors import PrerequisiteError, RecipeError
 from qatbench.recipe import Recipe
 from qatbench.recipe_file import load_recipe
 from qatbench.stages.grid_check import check_grid, check_name
 
-RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 HEAD = """\
 name: small
@@ -69,10 +71,25 @@ def test_there_are_recipes() -> None:
 def test_every_shipped_recipe_parses(path: Path) -> None:
     recipe = load_recipe(path, check_grid)
 
-    assert recipe.name == path.stem  # its results lie at results/<name>/
     assert sorted(recipe.order()) == sorted(recipe.arms)
     for arm in recipe.arms.values():
         recipe.training_of(arm)
+
+
+def test_no_two_recipes_write_to_one_folder() -> None:
+    names = [load_recipe(path, check_grid).name for path in RECIPES]
+    assert sorted(names) == sorted(set(names))  # results lie at results/<name>/
+
+
+def test_every_committed_result_is_of_a_committed_recipe() -> None:
+    recipes = {recipe.name: recipe for recipe in (load_recipe(p, check_grid) for p in RECIPES)}
+    locks = sorted(ROOT.glob("results/*/recipe.lock.yaml"))
+    ours = [lock for lock in locks if not lock.parent.name.endswith("demo")]  # what `make demo` left
+    if not ours:
+        pytest.skip("results/ is not in this copy")
+    for lock in ours:
+        used = Recipe.model_validate(yaml.safe_load(lock.read_text(encoding="utf-8")))
+        assert used == recipes[lock.parent.name], lock
 
 
 def test_defaults(write: Callable[[str], Path]) -> None:
