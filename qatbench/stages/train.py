@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -51,6 +51,10 @@ class TrainRequest:
     device: str | None = None
     save_every: int = 50
     dtype: str | None = None  # of activations and the teacher; default by device
+    init: ModelFolder | None = None  # a packed checkpoint of the student to start from
+    teacher_dtype: Literal["auto", "int8"] = "auto"  # of the frozen teacher's weights
+    checkpointing: bool = False  # recompute activations in the backward pass
+    compile: bool | None = None  # the fake quantization; default: on CUDA
 
 
 def training_questions(chosen: Selector, paths: Mapping[str, str]) -> list[Question]:

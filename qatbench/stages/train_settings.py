@@ -14,6 +14,12 @@ from qatbench.tasks import selector
 
 Method = Literal["sft", "kd", "qat", "grace"]
 QUANTIZED = ("qat", "grace")
+# Settings that came later: at their defaults they are left out of a spec, so that what was finished
+# before keeps its fingerprint.
+LATER = {
+    "projector": "trained", "scale_gradient": "log", "optimizer": "adamw", "weights": "float32",
+}  # fmt: skip
+LATER_DISTILLATION = {"tokens": "supervised"}
 TAUGHT = ("kd", "grace")
 
 
@@ -54,12 +60,18 @@ class TrainSettings:
     controller: ControllerSettings = field(default_factory=ControllerSettings)
     omega: float = 3.0
     omega_warmup: int = 400  # steps
+    projector: Literal["trained", "frozen", "quantized"] = "trained"
+    scale_gradient: Literal["log", "lsq"] = "log"  # lsq: times 1 / sqrt(n * qmax)
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    weights: Literal["float32", "bfloat16"] = "float32"  # what the optimizer updates
 
     def spec(
         self, student: str, teacher: str | None, questions: Sequence[Question]
     ) -> dict[str, Any]:
         """What decides the checkpoint; a method's spec holds only what it uses."""
         spec = dataclasses.asdict(self)
+        _drop(spec, LATER)
+        _drop(spec["distillation"], LATER_DISTILLATION)
         if self.method not in QUANTIZED:
             for key in ("bits", "group_size", "scale_lr"):
                 del spec[key]
@@ -74,6 +86,12 @@ class TrainSettings:
             "teacher": teacher if self.method in TAUGHT else None,
             "data": selector.digest(questions),
         }
+
+
+def _drop(spec: dict[str, Any], defaults: dict[str, str]) -> None:
+    for key, default in defaults.items():
+        if spec[key] == default:
+            del spec[key]
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

@@ -29,6 +29,14 @@ class Encoded:
     ids: list[int]
     text: str
     pixels: dict[str, Tensor]  # processor outputs besides the token ids, batch dimension first
+    places: Tensor | None = None  # (3, len(ids)) for M-RoPE, None where positions simply count
+
+    def positions(self, more: int = 0) -> Tensor:
+        """Positions of the prompt and of `more` tokens of text after it: (L,), M-RoPE: (3, L)."""
+        if self.places is None:
+            return torch.arange(len(self.ids) + more)
+        after = self.places.max() + 1 + torch.arange(more)
+        return torch.cat((self.places, after.expand(3, -1)), 1)
 
     def __len__(self) -> int:
         return len(self.ids)

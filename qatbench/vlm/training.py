@@ -40,14 +40,17 @@ class MicroBatch:
     """Model inputs and where they are supervised.
 
     Shapes: input_ids, position_ids (B, L); attention_mask (B, 1, L, L), True where i sees j;
-    where (N,) flat positions whose output predicts target (N,); images: flat positions of each
-    image's visual tokens.
+    where (N,) flat positions whose output predicts the supervised target (N,), rising; every (M,)
+    and every_target (M,): the same for all tokens of text, supervised or not; images: flat
+    positions of each image's visual tokens.
     """
 
     inputs: dict[str, Tensor]
     where: Tensor
     target: Tensor
     images: list[Tensor]
+    every: Tensor
+    every_target: Tensor
 
 
 class TrainingData:
@@ -104,6 +107,8 @@ class TrainingData:
         where: list[int] = []
         target: list[int] = []
         images: list[Tensor] = []
+        every: list[int] = []
+        every_target: list[int] = []
         for b, pack in enumerate(packs):
             at = 0
             for number, row in enumerate(pack):
@@ -114,6 +119,10 @@ class TrainingData:
                 before = b * length + at + len(row.prompt) - 1
                 where += range(before, before + len(row.target))
                 target += row.target
+                for place, token in enumerate((row.prompt.ids + row.target)[1:]):
+                    if token != self.image_token:
+                        every.append(b * length + at + place)
+                        every_target.append(token)
                 if row.prompt.pixels and self.image_token is not None:
                     seen = torch.tensor(row.prompt.ids) == self.image_token
                     images.append((seen.nonzero()[:, 0] + b * length + at).to(device))
@@ -127,9 +136,9 @@ class TrainingData:
         }
         ordered = [row.prompt for pack in packs for row in pack]
         inputs |= pixel_batch(ordered, device, dtype)
-        return MicroBatch(
-            inputs, torch.tensor(where, device=device), torch.tensor(target, device=device), images
-        )
+        places = (torch.tensor(p, device=device) for p in (where, target, every, every_target))
+        where_, target_, every_, every_target_ = places
+        return MicroBatch(inputs, where_, target_, images, every_, every_target_)
 
 
 def _packs(rows: Sequence[Row]) -> list[list[Row]]:
