@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Kind = Literal["base", "sft", "kd", "rtn", "gptq", "awq", "qat", "grace"]
 PTQ: tuple[str, ...] = ("rtn", "gptq", "awq")
 TRAINED: tuple[str, ...] = ("sft", "kd", "qat", "grace")
 QUANTIZED: tuple[str, ...] = (*PTQ, "qat", "grace")
 TAUGHT: tuple[str, ...] = ("kd", "grace")
+SELF = "self"  # as a teacher: the student before training
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -29,10 +30,27 @@ class GridSpec(_Section):
     group_size: Literal[-1, 16, 32, 64, 128, 256] = 128
 
 
+class SourceSpec(_Section):
+    """Training data of one kind: questions, or LLaVA-style conversations with their images."""
+
+    questions: str | None = None  # TASK:SPLIT[:all|text|image]
+    conversations: str | None = None  # a JSON or JSONL file
+    images: str | None = None  # the folder that its image paths are relative to
+    weight: float = Field(1.0, gt=0)  # share of the samples, relative to the other sources
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> SourceSpec:
+        if (self.questions is None) == (self.conversations is None):
+            raise ValueError("a source has either `questions` or `conversations`")
+        if self.images and not self.conversations:
+            raise ValueError("`images` belongs to `conversations`")
+        return self
+
+
 class DataSpec(_Section):
     """TASK:SPLIT[:all|text|image] of each purpose, and where each task's data lies."""
 
-    train: str | None = None
+    train: str | tuple[SourceSpec, ...] | None = None
     calibration: str | None = None
     eval: tuple[str, ...] = Field(min_length=1)
     paths: dict[str, str] = Field(default_factory=dict)
@@ -41,6 +59,13 @@ class DataSpec(_Section):
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
+
+    @property
+    def sources(self) -> tuple[SourceSpec, ...]:
+        """The training data as sources."""
+        if isinstance(self.train, str):
+            return (SourceSpec(questions=self.train),)
+        return self.train or ()
 
 
 class CalibrationSpec(_Section):
@@ -72,6 +97,13 @@ class TrainingSpec(_Section):
     warmup: float = Field(0.1, ge=0, le=1)
     clip: float = Field(1.0, gt=0)
     formats: tuple[str, ...] = Field(("qatbench",), min_length=1)
+    projector: Literal["trained", "frozen", "quantized"] = "trained"
+    scale_gradient: Literal["log", "lsq"] = "log"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    weights: Literal["float32", "bfloat16"] = "float32"
+    packing: Literal["pack", "group"] = "pack"
+    teacher_dtype: Literal["auto", "int8"] = "auto"
+    checkpointing: bool = False
     seeds: tuple[int, ...] = Field((0,), min_length=1)
 
 
@@ -85,6 +117,26 @@ class BetaSpec(_Section):
     high: float = Field(1.0, ge=0)
     ema: float = Field(0.99, ge=0, lt=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, value: object) -> object:
+        if isinstance(value, str):
+            if value not in CONTROLLERS:
+                raise ValueError(f"no preset {value!r}: {', '.join(CONTROLLERS)}, or its values")
+            return CONTROLLERS[value]
+        return value
+
+
+# The two sets of constants in GRACE's released code (GRACE.md item 3).
+CONTROLLERS: dict[str, dict[str, float]] = {
+    "launch-script": {
+        "target": 3.0, "rate": 0.003, "initial": 0.5, "low": 0.1, "high": 1.0, "ema": 0.99,
+    },
+    "class-defaults": {
+        "target": 0.35, "rate": 0.0015, "initial": 1.0, "low": 0.1, "high": 5.0, "ema": 0.99,
+    },
+}  # fmt: skip
+
 
 class DistillationSpec(_Section):
     """Constants of kd and grace."""
@@ -94,6 +146,7 @@ class DistillationSpec(_Section):
     nontarget_weight: float = Field(4.0, ge=0)
     omega: float = Field(3.0, ge=0)
     omega_warmup: int = Field(400, ge=0)
+    tokens: Literal["supervised", "all"] = "supervised"
     controller: BetaSpec = BetaSpec()
 
 
@@ -105,11 +158,19 @@ class TuningSpec(_Section):
     candidates: dict[str, tuple[dict[str, Any], ...]]  # arm -> overrides of `training`
 
 
+class ArmRef(_Section):
+    """A model that another arm makes."""
+
+    arm: str
+
+
 class Arm(_Section):
     """One row of the result table."""
 
     kind: Kind
     of: str | None = None  # the arm whose checkpoint is quantized or trained on
+    init: str | None = None  # qat, grace: the quantized arm whose weights training starts from
+    teacher: str | ArmRef | None = None  # kd, grace: instead of the recipe's; `self`: the student
     grid: GridSpec | None = None
     training: dict[str, Any] = Field(default_factory=dict)  # overrides of `training`
     controller: BetaSpec | None = None  # grace: instead of distillation.controller
@@ -117,12 +178,7 @@ class Arm(_Section):
     rcka: bool = True
     beta: Literal["adaptive", "fixed"] = "adaptive"
     kl: Literal["decoupled", "plain"] = "decoupled"
-
-
-class ArmRef(_Section):
-    """A model that another arm makes."""
-
-    arm: str
+    tokens: Literal["supervised", "all"] | None = None  # instead of distillation.tokens
 
 
 class Recipe(_Section):
@@ -151,6 +207,15 @@ class Recipe(_Section):
         """The arm's training settings."""
         return TrainingSpec.model_validate(self.training.model_dump() | arm.training)
 
+    def teacher_of(self, arm: Arm) -> str | ArmRef | None:
+        """The arm's teacher: a model or the arm that makes it; None for arms without one."""
+        if arm.kind not in TAUGHT:
+            return None
+        chosen = arm.teacher if arm.teacher is not None else self.teacher
+        if chosen != SELF:
+            return chosen
+        return ArmRef(arm=arm.of) if arm.of else self.student
+
     def seeds_of(self, name: str) -> tuple[int | None, ...]:
         """Seeds of an arm: those of training, or of the arm it is made of; (None,) if untrained."""
         arm = self.arms[name]
@@ -161,13 +226,9 @@ class Recipe(_Section):
     def needs(self, name: str) -> list[str]:
         """Arms whose checkpoints this one is made from, in the order given."""
         arm = self.arms[name]
-        teacher = self.teacher
-        taught = arm.kind in TAUGHT and isinstance(teacher, ArmRef)
-        return [
-            n
-            for n in (arm.of, teacher.arm if taught and isinstance(teacher, ArmRef) else None)
-            if n
-        ]
+        teacher = self.teacher_of(arm)
+        taught = teacher.arm if isinstance(teacher, ArmRef) else None
+        return [other for other in (arm.of, arm.init, taught) if other]
 
     def order(self, wanted: tuple[str, ...] = ()) -> list[str]:
         """Arm names, each after the arms it needs; only `wanted` and what they need if given."""

@@ -170,15 +170,14 @@ def _arm_problems(recipe: Recipe, name: str, arm: Arm, lines: _Lines, known: set
         found.append(("of", f"no arm {arm.of!r}; there are {', '.join(recipe.arms)}"))
     elif arm.of in recipe.arms and recipe.arms[arm.of].kind in QUANTIZED:
         found.append(("of", f"{arm.of!r} is quantized already"))
+    found += _start_problems(recipe, arm, known) + _teacher_problems(recipe, arm, known)
     if arm.kind == "base" and arm.of:
         found.append(("of", "a base arm is the student itself"))
-    if arm.kind in TAUGHT and recipe.teacher is None:
-        found.append(("kind", f"{arm.kind} needs a `teacher`"))
     if arm.kind in TRAINED and not recipe.data.train:
         found.append(("kind", f"{arm.kind} needs `data.train`"))
     if arm.kind in ("gptq", "awq") and not recipe.data.calibration:
         found.append(("kind", f"{arm.kind} needs `data.calibration`"))
-    switched = arm.model_fields_set & {"gate", "rcka", "beta", "kl", "controller"}
+    switched = arm.model_fields_set & {"gate", "rcka", "beta", "kl", "controller", "tokens"}
     if switched and arm.kind != "grace":
         found.append((min(switched), f"only a grace arm has terms to switch, not {arm.kind}"))
     if arm.grid and arm.kind not in QUANTIZED:
@@ -192,12 +191,36 @@ def _arm_problems(recipe: Recipe, name: str, arm: Arm, lines: _Lines, known: set
     return [lines.say(("arms", name, *filter(None, key.split("."))), why) for key, why in found]
 
 
+def _start_problems(recipe: Recipe, arm: Arm, known: set[str]) -> list[tuple[str, str]]:
+    """What is wrong with the checkpoint that an arm's training starts from."""
+    if arm.init is None:
+        return []
+    if arm.kind not in ("qat", "grace"):
+        return [("init", f"only qat and grace start from quantized weights, not {arm.kind}")]
+    if arm.init not in known:
+        return [("init", f"no arm {arm.init!r}; there are {', '.join(recipe.arms)}")]
+    if arm.init in recipe.arms and recipe.arms[arm.init].kind not in QUANTIZED:
+        return [("init", f"{arm.init!r} is not quantized: `of` trains on a 16-bit arm")]
+    return []
+
+
+def _teacher_problems(recipe: Recipe, arm: Arm, known: set[str]) -> list[tuple[str, str]]:
+    if arm.kind not in TAUGHT:
+        return [] if arm.teacher is None else [("teacher", f"a {arm.kind} arm has no teacher")]
+    if arm.teacher is None and recipe.teacher is None:
+        return [("kind", f"{arm.kind} needs a `teacher`")]
+    if isinstance(arm.teacher, ArmRef) and arm.teacher.arm not in known:
+        return [("teacher.arm", f"no arm {arm.teacher.arm!r}")]
+    return []
+
+
 def _name_problems(recipe: Recipe, lines: _Lines, check: NameCheck) -> list[str]:
     data = recipe.data
     names: list[tuple[tuple[str, ...], str, str]] = [
         (("data", "eval"), "questions", text) for text in data.eval
     ]
-    for key, text in (("train", data.train), ("calibration", data.calibration)):
+    chosen = [("train", source.questions) for source in data.sources]
+    for key, text in (*chosen, ("calibration", data.calibration)):
         names += [(("data", key), "questions", text)] if text else []
     if recipe.tuning:
         names.append((("tuning", "data"), "questions", recipe.tuning.data))

@@ -84,9 +84,7 @@ def test_no_two_recipes_write_to_one_folder() -> None:
 def test_every_committed_result_is_of_a_committed_recipe() -> None:
     recipes = {recipe.name: recipe for recipe in (load_recipe(p, check_grid) for p in RECIPES)}
     locks = sorted(ROOT.glob("results/*/recipe.lock.yaml"))
-    ours = [lock for lock in locks if not lock.parent.name.endswith("demo")]  # the demo's stay
-        lock for lock in locks if not lock.parent.name.endswith("demo")
-    ]  # what `make demo` left
+    ours = [lock for lock in locks if not lock.parent.name.endswith("demo")]  # those are not kept
     if not ours:
         pytest.skip("results/ is not in this copy")
     for lock in ours:

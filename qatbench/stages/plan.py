@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qatbench import store
-from qatbench.errors import PrerequisiteError, QatbenchError
-from qatbench.recipe import PTQ, TAUGHT, TRAINED, Arm, ArmRef, Recipe
+from qatbench.errors import PrerequisiteError, QatbenchError, UsageError
+from qatbench.recipe import PTQ, TRAINED, Arm, ArmRef, Recipe, SourceSpec
 from qatbench.records import Question
 from qatbench.stages.evaluate import EvalSettings
 from qatbench.stages.objective import Distillation
@@ -33,7 +33,8 @@ class Unit:
     folder: Path  # predictions, metrics, provenance
     checkpoint: Path | None  # None: the student as it is
     source: Unit | None  # the unit whose checkpoint is quantized or trained on
-    teacher: Unit | None
+    teacher: Unit | ModelFolder | None
+    init: Unit | None  # the quantized unit that training starts from
     settings: QuantizeSettings | TrainSettings | None
     fingerprint: str
 
@@ -59,8 +60,7 @@ class Plan:
         self.paths = recipe.data.paths | paths
         self.root = results / recipe.name
         self.student = models.find(recipe.student)
-        teacher = recipe.teacher
-        self.teacher = models.find(teacher) if isinstance(teacher, str) else None
+        self._folders: dict[str, ModelFolder] = {recipe.student: self.student}
         self.train_rows = self._rows(recipe.data.train)
         self._calibration: list[Question] | None = None
         self._units: dict[tuple[str, int | None], Unit] = {}
@@ -96,37 +96,45 @@ class Plan:
         arm = self.recipe.arms[name]
         tail = [name] if seed is None else [name, f"seed-{seed}"]
         source = self.unit(arm.of, self._seed_in(arm.of, seed)) if arm.of else None
+        init = self.unit(arm.init, self._seed_in(arm.init, seed)) if arm.init else None
         teacher = self._teacher(arm, seed)
         origin = source.fingerprint if source else self.student.fingerprint()
         folder, checkpoint = self.root.joinpath(*tail), self.root.joinpath("checkpoints", *tail)
         if arm.kind == "base":
-            return Unit(name, seed, folder, None, None, None, None, origin)
+            return Unit(name, seed, folder, None, None, None, None, None, origin)
         if arm.kind in PTQ:
             quantize = self._quantize_settings(arm)
             rows = [] if arm.kind == "rtn" else self.calibration()
             made = store.RunFolder(checkpoint, "quantize", quantize.spec(origin, rows))
-            return Unit(name, seed, folder, checkpoint, source, None, quantize, made.fingerprint)
+            made_by = made.fingerprint
+            return Unit(name, seed, folder, checkpoint, source, None, None, quantize, made_by)
         train = self._train_settings(arm, seed or 0)
-        taught = teacher.fingerprint if teacher else None
-        if arm.kind in TAUGHT and teacher is None and self.teacher:
-            taught = self.teacher.fingerprint()
-        spec = train.spec(origin, taught, self.train_rows)
+        taught = teacher.fingerprint() if isinstance(teacher, ModelFolder) else None
+        taught = teacher.fingerprint if isinstance(teacher, Unit) else taught
+        spec = train.spec(origin, taught, self.train_rows, init.fingerprint if init else None)
         made = store.RunFolder(checkpoint, "train", spec)
-        return Unit(name, seed, folder, checkpoint, source, teacher, train, made.fingerprint)
+        made_by = made.fingerprint
+        return Unit(name, seed, folder, checkpoint, source, teacher, init, train, made_by)
 
     def _seed_in(self, name: str, seed: int | None) -> int | None:
         seeds = self.recipe.seeds_of(name)
         return seed if seed in seeds else seeds[0]
 
-    def _teacher(self, arm: Arm, seed: int | None) -> Unit | None:
-        if arm.kind in TAUGHT and isinstance(self.recipe.teacher, ArmRef):
-            name = self.recipe.teacher.arm
-            return self.unit(name, self._seed_in(name, seed))
-        return None
+    def _teacher(self, arm: Arm, seed: int | None) -> Unit | ModelFolder | None:
+        teacher = self.recipe.teacher_of(arm)
+        if isinstance(teacher, ArmRef):
+            return self.unit(teacher.arm, self._seed_in(teacher.arm, seed))
+        if teacher is not None and teacher not in self._folders:
+            self._folders[teacher] = models.find(teacher)
+        return self._folders[teacher] if teacher is not None else None
 
-    def _rows(self, text: str | None) -> list[Question]:
+    def _rows(self, chosen: str | tuple[SourceSpec, ...] | None) -> list[Question]:
         trains = any(arm.kind in TRAINED for arm in self.recipe.arms.values())
-        return selector.load(selector.parse(text), self.paths) if text and trains else []
+        if not chosen or not trains:
+            return []
+        if not isinstance(chosen, str):
+            raise UsageError("several sources of training data are not supported yet")
+        return selector.load(selector.parse(chosen), self.paths)
 
     def calibration(self) -> list[Question]:
         """Calibration questions, loaded once."""
@@ -154,11 +162,15 @@ class Plan:
         return train_settings(self.recipe, arm, seed)
 
 
+HOW = ("teacher_dtype", "checkpointing")  # of `training`: where and how a run runs
+
+
 def train_settings(recipe: Recipe, arm: Arm, seed: int, **overrides: Any) -> TrainSettings:
     """Training settings of an arm, with overrides of the `training` section."""
     grid, distil = recipe.grid_of(arm), recipe.distillation
     shared = recipe.training_of(arm).model_dump() | overrides
-    shared.pop("seeds")
+    for key in ("seeds", *HOW):
+        shared.pop(key)
     control = (arm.controller or distil.controller).model_dump()
     for key in [k for k in shared if k.startswith("beta_")]:
         control[key.removeprefix("beta_")] = shared.pop(key)
@@ -176,6 +188,7 @@ def train_settings(recipe: Recipe, arm: Arm, seed: int, **overrides: Any) -> Tra
             temperature=distil.temperature,
             target_weight=distil.target_weight,
             nontarget_weight=distil.nontarget_weight,
+            tokens=arm.tokens or distil.tokens,
         ),
         controller=ControllerSettings(**control),
         omega=distil.omega,

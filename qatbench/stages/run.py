@@ -25,6 +25,7 @@ from qatbench.stages.quantize import QuantizeSettings, quantize
 from qatbench.stages.train import TrainRequest, train
 from qatbench.stages.train_settings import TrainSettings
 from qatbench.stages.workers import Job
+from qatbench.vlm.load import ModelFolder
 
 KEPT_WITH_RESULTS = {"train.jsonl": "train.jsonl", store.PROVENANCE: "checkpoint.json"}
 
@@ -99,7 +100,11 @@ def jobs_of(
                 unit.arm,
                 *(() if unit.seed is None else ("--seed", str(unit.seed))),
             ),
-            frozenset(_job_name(other) for other in (unit.source, unit.teacher) if other),
+            frozenset(
+                _job_name(other)
+                for other in (unit.source, unit.teacher, unit.init)
+                if isinstance(other, Unit)
+            ),
         )
         for unit in units
     ]
@@ -162,8 +167,8 @@ def make_checkpoint(plan: Plan, unit: Unit, progress: Progress, save_every: int)
             folder = store.read_json(unit.checkpoint / store.PROVENANCE)
             if folder.get("fingerprint") == unit.fingerprint:
                 return
-        for other in (unit.source, unit.teacher):
-            if other is not None:
+        for other in (unit.source, unit.teacher, unit.init):
+            if isinstance(other, Unit):
                 make_checkpoint(plan, other, _say(other, progress), save_every)
         origin = model_of(plan, unit.source) if unit.source else plan.student
         if isinstance(unit.settings, QuantizeSettings):
@@ -171,8 +176,23 @@ def make_checkpoint(plan: Plan, unit: Unit, progress: Progress, save_every: int)
                 origin, unit.settings, plan.paths, unit.checkpoint, resume=True, progress=progress
             )
         elif isinstance(unit.settings, TrainSettings):
-            teacher = model_of(plan, unit.teacher) if unit.teacher else plan.teacher
-            request = TrainRequest(
-                unit.settings, origin, teacher, plan.train_rows, plan.device, save_every
-            )
-            train(request, unit.checkpoint, resume=True, progress=progress)
+            train(_request(plan, unit, unit.settings, origin, save_every), unit.checkpoint,
+                  resume=True, progress=progress)  # fmt: skip
+
+
+def _request(
+    plan: Plan, unit: Unit, settings: TrainSettings, student: ModelFolder, save_every: int
+) -> TrainRequest:
+    teacher = unit.teacher
+    how = plan.recipe.training_of(plan.recipe.arms[unit.arm])
+    return TrainRequest(
+        settings,
+        student,
+        model_of(plan, teacher) if isinstance(teacher, Unit) else teacher,
+        plan.train_rows,
+        plan.device,
+        save_every,
+        init=model_of(plan, unit.init) if unit.init else None,
+        teacher_dtype=how.teacher_dtype,
+        checkpointing=how.checkpointing,
+    )

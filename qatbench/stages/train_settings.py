@@ -18,6 +18,7 @@ QUANTIZED = ("qat", "grace")
 # before keeps its fingerprint.
 LATER = {
     "projector": "trained", "scale_gradient": "log", "optimizer": "adamw", "weights": "float32",
+    "packing": "pack",
 }  # fmt: skip
 LATER_DISTILLATION = {"tokens": "supervised"}
 TAUGHT = ("kd", "grace")
@@ -64,11 +65,20 @@ class TrainSettings:
     scale_gradient: Literal["log", "lsq"] = "log"  # lsq: times 1 / sqrt(n * qmax)
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     weights: Literal["float32", "bfloat16"] = "float32"  # what the optimizer updates
+    packing: Literal["pack", "group"] = "pack"  # samples side by side, or padded to like lengths
 
     def spec(
-        self, student: str, teacher: str | None, questions: Sequence[Question]
+        self,
+        student: str,
+        teacher: str | None,
+        questions: Sequence[Question],
+        init: str | None = None,
     ) -> dict[str, Any]:
-        """What decides the checkpoint; a method's spec holds only what it uses."""
+        """What decides the checkpoint; a method's spec holds only what it uses.
+
+        `student`, `teacher` and `init` (the packed checkpoint that training starts from) are
+        fingerprints.
+        """
         spec = dataclasses.asdict(self)
         _drop(spec, LATER)
         _drop(spec["distillation"], LATER_DISTILLATION)
@@ -81,6 +91,8 @@ class TrainSettings:
             for key in ("controller", "omega", "omega_warmup"):
                 del spec[key]
         spec["betas"], spec["formats"] = list(self.betas), list(self.formats)
+        if init is not None:
+            spec["init"] = init
         return spec | {
             "student": student,
             "teacher": teacher if self.method in TAUGHT else None,

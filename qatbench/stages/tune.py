@@ -16,7 +16,7 @@ from typing import Any
 
 from qatbench import store
 from qatbench.errors import UsageError
-from qatbench.recipe import TAUGHT, ArmRef, Recipe, TuningSpec
+from qatbench.recipe import ArmRef, Recipe, TuningSpec
 from qatbench.records import Prediction, Question
 from qatbench.stages.common import Progress
 from qatbench.stages.evaluate import EvalSettings, answer_all
@@ -82,9 +82,9 @@ def jobs_of(recipe: Recipe, command: Sequence[str]) -> list[Job]:
     jobs = []
     for name in tuning.candidates:
         needs: frozenset[str] = frozenset()
-        if recipe.arms[name].kind in TAUGHT and isinstance(recipe.teacher, ArmRef):
-            teacher = recipe.teacher.arm
-            needs = frozenset(f"{teacher}-fold-{i}" for i in range(tuning.folds))
+        teacher = recipe.teacher_of(recipe.arms[name])
+        if isinstance(teacher, ArmRef):
+            needs = frozenset(f"{teacher.arm}-fold-{i}" for i in range(tuning.folds))
         for fold in range(tuning.folds):
             part = (*command, "--arm", name, "--fold", str(fold))
             jobs.append(Job(f"{name}-fold-{fold}", part, needs))
@@ -179,7 +179,7 @@ class _Bench:
         # Not from the arm's own values: those are what an earlier search has chosen.
         arm = self.recipe.arms[name].model_copy(update={"training": {}, "controller": None})
         settings = train_settings(self.recipe, arm, self.recipe.seed, **candidate)
-        teacher = self._teacher(fold) if arm.kind in TAUGHT else None
+        teacher = self._teacher(self.recipe.teacher_of(arm), fold)
         return TrainRequest(
             settings, self.student, teacher, self._others(fold), self.device, settings.steps + 1
         )
@@ -187,11 +187,11 @@ class _Bench:
     def _others(self, fold: int) -> list[Question]:
         return [q for i, part in enumerate(self.parts) if i != fold for q in part]
 
-    def _teacher(self, fold: int) -> ModelFolder:
+    def _teacher(self, teacher: str | ArmRef | None, fold: int) -> ModelFolder | None:
         """The teacher for a fold, trained without it."""
-        teacher, tuning = self.recipe.teacher, self.recipe.tuning
+        tuning = self.recipe.tuning
         if not isinstance(teacher, ArmRef):
-            return models.find(str(teacher))
+            return models.find(teacher) if teacher else None
         candidate = best(self.root, tuning, teacher.arm) if tuning else None
         if candidate is None:
             raise UsageError(
