@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# Tiny tensors gain nothing from a second thread, and test runs side by side would wait for each
+# other's. Set before torch is imported, and passed on to the commands that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
