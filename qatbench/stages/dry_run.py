@@ -72,7 +72,7 @@ def _there(path: str) -> bool:
 
 def _weights(config: Mapping[str, Any]) -> int:
     """Number of weights: the language model's linears, and its embeddings once."""
-    text = config.get("text_config") or config
+    text = layout.text_sizes(config)
     shapes = layout.linear_shapes(config)
     width = shapes[next(iter(shapes))][1]
     return sum(out * n for out, n in shapes.values()) + int(text.get("vocab_size", 0)) * width

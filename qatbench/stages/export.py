@@ -24,7 +24,7 @@ from qatbench import __version__, store
 from qatbench.errors import NumericsError
 from qatbench.quant.result import Quantized
 from qatbench.vlm import load as models
-from qatbench.vlm.batch import Encoded, Encoder, pixel_batch
+from qatbench.vlm.batch import Encoded, Encoder
 from qatbench.vlm.load import Loaded, ModelFolder
 
 SHARD_BYTES = 4 << 30
@@ -258,13 +258,7 @@ def _probe(loaded: Loaded) -> dict[str, Tensor]:
     prompts: dict[str, Encoded] = {"text": encoder.prompt(PROOF_TEXT, None)}
     if loaded.processor is not None:
         prompts["image"] = encoder.prompt(PROOF_TEXT, _proof_image())
-    device = torch.device("cpu")
-    return {
-        kind: model(
-            input_ids=torch.tensor([prompt.ids]), **pixel_batch([prompt], device, torch.float32)
-        ).logits.float()
-        for kind, prompt in prompts.items()
-    }
+    return {kind: model(**prompt.inputs()).logits.float() for kind, prompt in prompts.items()}
 
 
 def _proof_image() -> bytes:

@@ -26,6 +26,7 @@ from qatbench.stages.common import Progress
 from qatbench.stages.layer_error import compare_layers
 from qatbench.tasks import protocols, selector
 from qatbench.tasks.selector import Selector
+from qatbench.tasks.sources import Item
 from qatbench.vlm import layout
 from qatbench.vlm import load as models
 from qatbench.vlm.batch import Encoder
@@ -216,10 +217,9 @@ def calibration_batches(
         if question.gold is None:
             raise ArtifactError(f"calibration question {question.id} has no answer")
         prompt = encoder.prompt(chosen.prompt(question), question.image)
-        ids = prompt.ids + encoder.answer(prompt, chosen.continuation(question, question.gold))
-        tokens = torch.tensor([ids])
-        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        batches.append(inputs | prompt.pixels)
+        answer = encoder.answer(prompt, chosen.continuation(question, question.gold))
+        inputs = prompt.inputs(answer)
+        batches.append(inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])})
     return batches
 
 
@@ -229,7 +229,7 @@ def together(batches: Sequence[dict[str, Tensor]], size: int, pad: int) -> list[
     The batch of middling length comes last, where AWQ takes whole sequences from. Samples with
     images stay alone: the library calibrates VLMs on unpadded batches of one.
     """
-    if any(len(batch) > 2 for batch in batches):
+    if any("pixel_values" in batch for batch in batches):
         return list(batches)
     ordered = sorted(batches, key=lambda batch: batch["input_ids"].shape[1])
     groups = [_padded(ordered[i : i + size], pad) for i in range(0, len(ordered), size)]
@@ -258,8 +258,12 @@ def _search_note(method: str, grouped: Sequence[dict[str, Tensor]]) -> list[str]
     ]
 
 
-def notes(model: ModelFolder, questions: Sequence[Question]) -> list[str]:
+def notes(model: ModelFolder, samples: Sequence[Item]) -> list[str]:
     """What a reader of the report must know about the calibration or training data."""
-    if model.arch.is_vlm and questions and not any(question.has_image for question in questions):
+    if model.arch.is_vlm and samples and not any(map(_has_image, samples)):
         return ["text-only data for a vision-language model"]
     return []
+
+
+def _has_image(sample: Item) -> bool:
+    return sample.has_image if isinstance(sample, Question) else bool(sample.images)

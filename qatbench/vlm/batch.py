@@ -1,7 +1,7 @@
 """Questions -> token sequences -> batches; option scoring from one forward.
 
 A text model gets the prompt as it is. A VLM gets it inside its own chat template as one user turn,
-image first; its processor expands the image mark to the visual tokens.
+images first; its processor expands each image mark to that image's visual tokens.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
+from qatbench.vlm.layout import image_token
 from qatbench.vlm.load import Loaded
 
 MAX_PIXELS = 64_000_000
@@ -24,12 +26,16 @@ MAX_PIXELS = 64_000_000
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt's tokens with what the vision tower needs; `text` is the rendered prompt."""
+    """A prompt's tokens with what the vision tower needs; `text` is the rendered prompt.
+
+    Models with M-RoPE, and no others, have `places` and `kinds`.
+    """
 
     ids: list[int]
     text: str
-    pixels: dict[str, Tensor]  # processor outputs besides the token ids, batch dimension first
+    pixels: dict[str, Tensor]  # vision inputs; the first dimension runs over images or patches
     places: Tensor | None = None  # (3, len(ids)) for M-RoPE, None where positions simply count
+    kinds: Tensor | None = None  # (len(ids),) int64: 1 at visual tokens, 0 at text
 
     def positions(self, more: int = 0) -> Tensor:
         """Positions of the prompt and of `more` tokens of text after it: (L,), M-RoPE: (3, L)."""
@@ -38,11 +44,21 @@ class Encoded:
         after = self.places.max() + 1 + torch.arange(more)
         return torch.cat((self.places, after.expand(3, -1)), 1)
 
+    def inputs(self, more: Sequence[int] = ()) -> dict[str, Tensor]:
+        """What the plain model takes for this prompt and `more` tokens of text: a batch of one."""
+        out = {"input_ids": torch.tensor([[*self.ids, *more]])}
+        if self.kinds is not None:
+            out["mm_token_type_ids"] = F.pad(self.kinds, (0, len(more)))[None]
+        return out | self.pixels
+
     def __len__(self) -> int:
         return len(self.ids)
 
 
-def open_image(image: Path | bytes) -> Image.Image:
+Picture = Path | bytes
+
+
+def open_image(image: Picture) -> Image.Image:
     """Decode an image to RGB.
 
     Raises: PrerequisiteError when the file is missing; ArtifactError when it cannot be decoded
@@ -68,6 +84,7 @@ class Encoder:
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer
         self.processor = loaded.processor
+        self.image_token = image_token(loaded.folder.config)
         if self.processor is not None and not self._template():
             raise PrerequisiteError(
                 f"{loaded.folder.path} has no chat template",
@@ -82,37 +99,59 @@ class Encoder:
         """How prompts reach the model, for the record."""
         return "as it is" if self.processor is None else "chat template, one user turn"
 
-    def prompt(self, text: str, image: Path | bytes | None) -> Encoded:
-        """Encode one prompt, with its image if there is one.
+    def prompt(self, text: str, image: Picture | Sequence[Picture] | None) -> Encoded:
+        """Encode one prompt; its image, or its images in their order, come before the text.
 
         Raises: UsageError for an image question and a text model; PrerequisiteError and
-            ArtifactError for a missing or damaged image.
+            ArtifactError for an image that is missing, damaged or refused by the processor.
         """
+        images = [image] if isinstance(image, Path | bytes) else list(image or ())
         if self.processor is None:
-            if image is not None:
+            if images:
                 raise UsageError(
                     "a text model cannot answer a question with an image",
                     hint="pick the text subset, e.g. scienceqa:test:text",
                 )
             return Encoded(list(self.tokenizer(text).input_ids), text, {})
-        parts: list[dict[str, str]] = [] if image is None else [{"type": "image"}]
-        parts.append({"type": "text", "text": text})
+        parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
         rendered = self.processor.apply_chat_template(
             [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
         )
-        if image is None:
-            return Encoded(list(self.tokenizer(rendered).input_ids), rendered, {})
-        inputs = self.processor(text=[rendered], images=[open_image(image)], return_tensors="pt")
+        if not images:
+            return self._placed(list(self.tokenizer(rendered).input_ids), rendered, {})
+        opened = [open_image(one) for one in images]
+        try:
+            inputs = self.processor(text=[rendered], images=opened, return_tensors="pt")
+        except ValueError as error:  # Qwen's: more than 200 times as long as wide
+            raise ArtifactError(f"the processor refuses an image: {error}") from error
         ids = inputs.pop("input_ids")[0].tolist()
         for key in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
             inputs.pop(key, None)
-        return Encoded(ids, rendered, dict(inputs))
+        return self._placed(ids, rendered, dict(inputs))
+
+    def _placed(self, ids: list[int], text: str, pixels: dict[str, Tensor]) -> Encoded:
+        """The prompt with the positions that the model itself gives to its tokens."""
+        if not self.loaded.arch.mrope:
+            return Encoded(ids, text, pixels)
+        kinds = torch.tensor([int(token == self.image_token) for token in ids])
+        if not pixels:
+            return Encoded(ids, text, pixels, torch.arange(len(ids)).repeat(3, 1), kinds)
+        places, _ = backbone(self.loaded.model).get_rope_index(
+            torch.tensor([ids]),
+            mm_token_type_ids=kinds[None],
+            image_grid_thw=pixels["image_grid_thw"],
+        )
+        return Encoded(ids, text, pixels, places[:, 0], kinds)
 
     def answer(self, prompt: Encoded, text: str) -> list[int]:
         """Token ids of `text` as the continuation of `prompt`.
 
+        A chat template that ends in a newline wants no space before the answer.
+
         Raises: ArtifactError when the tokenizer merges prompt and answer into one token.
         """
+        if prompt.text.endswith("\n"):
+            text = text.removeprefix(" ")
         anchor = prompt.text[-32:]
         head = list(self.tokenizer(anchor, add_special_tokens=False).input_ids)
         both = list(self.tokenizer(anchor + text, add_special_tokens=False).input_ids)
@@ -122,10 +161,9 @@ class Encoder:
         return both[len(head) :]
 
 
-def backbone(loaded_model: Any) -> nn.Module:
+def backbone(loaded_model: Any) -> Any:
     """The model without its output head: last hidden states come out."""
-    inner: nn.Module = loaded_model.model
-    return inner
+    return loaded_model.model
 
 
 def pixel_batch(
@@ -190,22 +228,26 @@ def _unique(row: OptionRow) -> OptionRow:
 
 
 def _layout(rows: Sequence[OptionRow], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids (B, L), positions (B, L) and the boolean mask (B, L, L): True where i sees j."""
+    """Token ids (B, L), positions (B, L) and the boolean mask (B, L, L): True where i sees j.
+
+    Positions have the shape (3, B, L) for M-RoPE. Padding is at position 0.
+    """
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), pad)
-    positions = torch.zeros(len(rows), length, dtype=torch.long)
+    axes = rows[0].prompt.positions().shape[:-1]  # (3,) for M-RoPE, else ()
+    positions = torch.zeros(*axes, len(rows), length, dtype=torch.long)
     mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     for b, row in enumerate(rows):
         start = len(row.prompt)
         ids[b, :start] = torch.tensor(row.prompt.ids)
-        positions[b, :start] = torch.arange(start)
+        positions[..., b, :start] = row.prompt.positions()
         mask[b, :start, :start] = causal[:start, :start]
         at = start
         for answer in row.answers:
             end = at + len(answer)
             ids[b, at:end] = torch.tensor(answer)
-            positions[b, at:end] = torch.arange(start, start + len(answer))
+            positions[..., b, at:end] = row.prompt.positions(len(answer))[..., start:]
             mask[b, at:end, :start] = True
             mask[b, at:end, at:end] = causal[: len(answer), : len(answer)]
             at = end
@@ -237,7 +279,10 @@ def _token_logprobs(head: nn.Module, hidden: Tensor, tokens: Tensor, chunk: int 
 
 @torch.inference_mode()
 def generate(loaded: Loaded, prompts: Sequence[Encoded], max_new_tokens: int) -> list[str]:
-    """Greedy responses to a batch of prompts (left-padded); special tokens are dropped."""
+    """Greedy responses to a batch of prompts (left-padded); special tokens are dropped.
+
+    The model's own generation settings (Qwen2.5-VL's penalty on repetitions) do not apply.
+    """
     model, device = loaded.model, loaded.device
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     length = max(map(len, prompts))
@@ -248,6 +293,8 @@ def generate(loaded: Loaded, prompts: Sequence[Encoded], max_new_tokens: int) ->
     for b, prompt in enumerate(prompts):
         ids[b, length - len(prompt) :] = torch.tensor(prompt.ids)
         mask[b, length - len(prompt) :] = 1
+    kinds = [F.pad(p.kinds, (length - len(p), 0)) for p in prompts if p.kinds is not None]
+    extra = {"mm_token_type_ids": torch.stack(kinds).to(device)} if kinds else {}
     out = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
@@ -256,7 +303,9 @@ def generate(loaded: Loaded, prompts: Sequence[Encoded], max_new_tokens: int) ->
         temperature=None,
         top_p=None,
         top_k=None,
+        repetition_penalty=1.0,
         pad_token_id=pad,
+        **extra,
         **pixel_batch(prompts, device, dtype),
     )
     texts: list[str] = loaded.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)

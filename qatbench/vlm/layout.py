@@ -6,7 +6,7 @@ No torch here: a recipe is checked against config.json alone. A new architecture
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qatbench.errors import UsageError
@@ -24,9 +24,10 @@ class Architecture:
     model_class: str
     layers: str  # dotted name of the decoder layers' ModuleList
     text_config: str | None = None  # key of the language model's sizes in config.json
-    vision: tuple[str, ...] = ()  # frozen, never quantized
-    projector: tuple[str, ...] = ()  # trained, never quantized
+    vision: tuple[str, ...] = ()  # frozen but for what of it is projector, never quantized
+    projector: tuple[str, ...] = ()  # trained, never quantized; may lie inside `vision`
     image_token_keys: tuple[str, ...] = ()  # config keys that hold the visual token's id
+    mrope: bool = False  # positions are (time, height, width): arXiv:2409.12191, Sec. 2.1
     linears: tuple[str, ...] = ATTENTION + MLP
     published: tuple[tuple[str, str], ...] = ()  # prefix in memory -> in published weight files
 
@@ -38,9 +39,13 @@ class Architecture:
     @property
     def never_quantized(self) -> list[str]:
         """Skip list for the AWQ format, each prefix in transformers' and in vLLM's spelling."""
-        parts = [*self.vision, *self.projector]
+        parts = [*self.vision, *(p for p in self.projector if not _under(p, self.vision))]
         both = [name for part in parts for name in (part.removeprefix("model."), part)]
         return [*both, "lm_head"]
+
+    def frozen(self, name: str) -> bool:
+        """Whether training leaves a parameter as it is: the vision tower without its projector."""
+        return _under(name, self.vision) and not _under(name, self.projector)
 
     def file_key(self, name: str) -> str:
         """A tensor's name in weight files, spelled as the family's published checkpoints do.
@@ -54,18 +59,43 @@ class Architecture:
         return name
 
 
-# Published LLaVA configs leave sizes out where they equal the language model's class defaults.
-TEXT_DEFAULTS = {
-    "llama": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-    }
+def _under(name: str, parts: tuple[str, ...]) -> bool:
+    """Whether a dotted name is that of one of the modules, or of something inside one."""
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
+
+
+# Sizes that config.json may leave out because they equal the class defaults of the language model,
+# by architecture, for language models of that type. Published LLaVA configs have hardly any.
+TEXT_DEFAULTS: dict[str, tuple[str, dict[str, int]]] = {
+    "llava": (
+        "llama",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+        },
+    ),
+    "qwen3": ("qwen3", {"head_dim": 128}),
+    "qwen3_vl": ("qwen3_vl_text", {"head_dim": 128}),
 }
 
+_QWEN2_VL = Architecture(
+    "qwen2_vl",
+    "AutoModelForImageTextToText",
+    "Qwen2VLForConditionalGeneration",
+    "model.language_model.layers",
+    text_config="text_config",
+    vision=("model.visual",),
+    projector=("model.visual.merger",),
+    image_token_keys=("image_token_id",),
+    mrope=True,
+    published=(("model.language_model.", "model."), ("model.visual.", "visual.")),
+)
 _ROWS = (
     Architecture("llama", "AutoModelForCausalLM", "LlamaForCausalLM", "model.layers"),
+    Architecture("qwen2", "AutoModelForCausalLM", "Qwen2ForCausalLM", "model.layers"),
+    Architecture("qwen3", "AutoModelForCausalLM", "Qwen3ForCausalLM", "model.layers"),
     Architecture(
         "llava",
         "AutoModelForImageTextToText",
@@ -81,6 +111,15 @@ _ROWS = (
             ("model.vision_tower.", "vision_tower.vision_model."),
             ("model.multi_modal_projector.", "multi_modal_projector."),
         ),
+    ),
+    _QWEN2_VL,
+    replace(_QWEN2_VL, model_type="qwen2_5_vl", model_class="Qwen2_5_VLForConditionalGeneration"),
+    replace(
+        _QWEN2_VL,
+        model_type="qwen3_vl",
+        model_class="Qwen3VLForConditionalGeneration",
+        projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
+        published=(),  # in the files as in memory
     ),
 )
 ARCHITECTURES = {row.model_type: row for row in _ROWS}
@@ -100,16 +139,26 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     return ARCHITECTURES[name]
 
 
+def text_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config.json with the language model's sizes, the class's defaults filled in.
+
+    transformers 5 nests it in a VLM's config; published Qwen2-VL and Qwen2.5-VL files are flat.
+
+    Raises: UsageError for an architecture that is not in the table.
+    """
+    arch = architecture(config)
+    nested = config.get(arch.text_config) if arch.text_config else None
+    text = dict(config if nested is None else nested)
+    kind, defaults = TEXT_DEFAULTS.get(arch.model_type, ("", {}))
+    return defaults | text if text.get("model_type", kind) == kind else text
+
+
 def linear_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """(out, in) features of every linear that is quantized, by its name in memory.
 
     Raises: UsageError when the config lacks a size.
     """
-    arch = architecture(config)
-    text = config
-    if arch.text_config:
-        nested = config.get(arch.text_config) or {}
-        text = TEXT_DEFAULTS.get(nested.get("model_type", "llama"), {}) | nested
+    arch, text = architecture(config), text_sizes(config)
     try:
         hidden, inner = int(text["hidden_size"]), int(text["intermediate_size"])
         heads, layers = int(text["num_attention_heads"]), int(text["num_hidden_layers"])
@@ -128,6 +177,18 @@ def linear_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     }
     names = [(f"{arch.layers}.{i}.{name}", name) for i in range(layers) for name in arch.linears]
     return {full: sizes[name] for full, name in names}
+
+
+def image_token(config: Mapping[str, Any]) -> int | None:
+    """Id of the token that stands for a piece of an image, None for a text model.
+
+    Raises: UsageError when the config of a VLM does not say it.
+    """
+    keys = architecture(config).image_token_keys
+    named = [config[key] for key in keys if config.get(key) is not None]
+    if keys and not named:
+        raise UsageError(f"config.json names no image token: {' or '.join(keys)} is missing")
+    return int(named[0]) if named else None
 
 
 def grid_problems(config: Mapping[str, Any], bits: int, group_size: int) -> list[str]:

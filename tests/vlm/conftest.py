@@ -28,7 +28,24 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     return load(find(str(folder)), device="cpu", dtype=torch.float32)
 
 
-@pytest.fixture(params=["text_model", "llava"])
-def any_model(request: pytest.FixtureRequest) -> Loaded:
-    model: Loaded = request.getfixturevalue(request.param)
-    return model
+@pytest.fixture(scope="session")
+def every_model(
+    text_model: Loaded, llava: Loaded, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Loaded]:
+    root = tmp_path_factory.mktemp("every")
+    rest = {
+        name: load(find(str(save(root / name))), device="cpu", dtype=torch.float32)
+        for name, save in tiny.SAVE.items()
+        if name not in ("text", "llava")
+    }
+    return {"text": text_model, "llava": llava} | rest
+
+
+@pytest.fixture(params=list(tiny.SAVE))
+def any_model(request: pytest.FixtureRequest, every_model: dict[str, Loaded]) -> Loaded:
+    return every_model[request.param]
+
+
+@pytest.fixture(params=tiny.QWEN_VLMS)
+def qwen_vlm(request: pytest.FixtureRequest, every_model: dict[str, Loaded]) -> Loaded:
+    return every_model[request.param]

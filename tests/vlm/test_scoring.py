@@ -39,11 +39,10 @@ def rows_of(loaded: Loaded, data: Path, protocol: str = "qatbench") -> list[Opti
 
 @torch.inference_mode()
 def one_by_one(loaded: Loaded, row: OptionRow) -> list[float]:
-    """Each option in a forward of its own through the plain model."""
+    """Each option in a forward of its own through the plain model, at the model's own positions."""
     scores = []
     for option in row.answers:
-        ids = torch.tensor([row.prompt.ids + option])
-        logp = loaded.model(input_ids=ids, **row.prompt.pixels).logits[0].log_softmax(-1)
+        logp = loaded.model(**row.prompt.inputs(option)).logits[0].log_softmax(-1)
         start = len(row.prompt)
         each = [logp[start + i - 1, token] for i, token in enumerate(option)]
         scores.append(torch.stack(each).mean().item())
