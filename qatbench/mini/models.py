@@ -30,9 +30,11 @@ DESCRIBE = "Describe the picture."
 AGAIN = "Tell it again."
 WORKED = "\nAnswer with the text, then its letter."
 TEMPLATE = (
-    "{% for message in messages %}USER: {% for part in message.content %}"
+    "{% for message in messages %}{% if message.role == 'assistant' %} ASSISTANT:"
+    "{% for part in message.content %} {{ part.text }}{% endfor %}{% else %}"
+    "{% if not loop.first %} {% endif %}USER: {% for part in message.content %}"
     "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
 SIZES: dict[str, dict[str, int]] = {
     "student": {"hidden": 256, "inner": 256, "layers": 4, "heads": 4, "vision_layers": 3},
