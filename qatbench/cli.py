@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qatbench import __version__
-from qatbench.cli_make import quantize_command, train_command
+from qatbench.cli_make import quantize_command
 from qatbench.cli_mini import app as mini_app
 from qatbench.cli_options import (
     Arms,
@@ -40,6 +40,7 @@ from qatbench.cli_options import (
     worker_options,
 )
 from qatbench.cli_show import comparison_result, dry_run_result, metric_row, worst_drop
+from qatbench.cli_train import train_command
 from qatbench.errors import QatbenchError, UsageError
 from qatbench.ui import Ui, report_error, table
 

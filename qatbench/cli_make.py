@@ -1,4 +1,4 @@
-"""The verbs that make checkpoints: quantize and train-qat."""
+"""The verb that makes checkpoints without training: quantize."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ from qatbench.cli_options import (
     Data,
     Device,
     Dtype,
-    Formats,
     GroupSize,
     Json,
     Limit,
     Model,
     Out,
     Resume,
-    SaveEvery,
     Seed,
     data_paths,
 )
 from qatbench.cli_show import checkpoint_result
-from qatbench.errors import UsageError
 from qatbench.ui import Ui
 
 
@@ -65,66 +62,4 @@ def quantize_command(
     paths = data_paths(data, [chosen.task]) if chosen else {}
     with ui.progress() as progress:
         record = quantize(find(model), settings, paths, out, resume=resume, progress=progress)
-    checkpoint_result(ui, record, out)
-
-
-def train_command(
-    student: Model,
-    out: Out,
-    train: Annotated[str, typer.Option(help="TASK:SPLIT[:text|image].")],
-    method: Annotated[Literal["grace", "qat", "kd", "sft"], typer.Option()] = "grace",
-    teacher: Annotated[
-        str | None, typer.Option(help="Frozen model with the same tokenizer.")
-    ] = None,
-    bits: Bits = 4,
-    group_size: GroupSize = 128,
-    steps: Annotated[int, typer.Option(min=1)] = 200,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples an optimizer step.")] = 64,
-    micro_batch_size: Annotated[int, typer.Option(min=1, help="Samples a forward.")] = 16,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of weights.")] = 1e-4,
-    scale_lr: Annotated[float, typer.Option(help="Peak learning rate of log-scales.")] = 1e-3,
-    formats: Formats = None,
-    limit: Limit = None,
-    save_every: SaveEvery = 50,
-    dtype: Dtype = None,
-    data: Data = None,
-    seed: Seed = 0,
-    device: Device = None,
-    resume: Resume = False,
-    as_json: Json = False,
-) -> None:
-    """Train STUDENT (sft, kd: 16 bit; qat, grace: on the integer grid) and write a checkpoint.
-
-    Example: qatbench train-qat smollm2-135m --method qat --group-size 64 --steps 20
-    --train scienceqa:train --data mini-text --out out/qat
-    """
-    from qatbench.stages import train as stage
-    from qatbench.stages.train_settings import TrainSettings
-    from qatbench.tasks import selector
-    from qatbench.vlm.load import find
-
-    ui = Ui(as_json=as_json)
-    if method in ("grace", "kd") and teacher is None:
-        raise UsageError(f"{method} needs a teacher", hint="--teacher MODEL")
-    chosen = selector.parse(train)
-    settings = TrainSettings(
-        method=method,
-        steps=steps,
-        bits=bits,
-        group_size=group_size,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        lr=lr,
-        scale_lr=scale_lr,
-        formats=tuple(formats or ("qatbench",)),
-        seed=seed,
-    )
-    folder = find(student)
-    rows = stage.training_questions(chosen, data_paths(data, [chosen.task]))
-    rows = selector.limit(rows, limit, seed) if limit else rows
-    request = stage.TrainRequest(
-        settings, folder, find(teacher) if teacher else None, rows, device, save_every, dtype
-    )
-    with ui.progress() as progress:
-        record = stage.train(request, out, resume=resume, progress=progress)
     checkpoint_result(ui, record, out)

@@ -50,7 +50,7 @@ class SourceSpec(_Section):
 class DataSpec(_Section):
     """TASK:SPLIT[:all|text|image] of each purpose, and where each task's data lies."""
 
-    train: str | tuple[SourceSpec, ...] | None = None
+    train: tuple[SourceSpec, ...] = ()  # one text: the only source of questions
     calibration: str | None = None
     eval: tuple[str, ...] = Field(min_length=1)
     paths: dict[str, str] = Field(default_factory=dict)
@@ -60,12 +60,12 @@ class DataSpec(_Section):
     def _one_or_many(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
 
-    @property
-    def sources(self) -> tuple[SourceSpec, ...]:
-        """The training data as sources."""
-        if isinstance(self.train, str):
-            return (SourceSpec(questions=self.train),)
-        return self.train or ()
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_source(cls, value: object) -> object:
+        if value is None:
+            return ()
+        return [{"questions": value}] if isinstance(value, str) else value
 
 
 class CalibrationSpec(_Section):
@@ -102,6 +102,7 @@ class TrainingSpec(_Section):
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     weights: Literal["float32", "bfloat16"] = "float32"
     packing: Literal["pack", "group"] = "pack"
+    max_length: int = Field(2048, ge=16)
     teacher_dtype: Literal["auto", "int8"] = "auto"
     checkpointing: bool = False
     seeds: tuple[int, ...] = Field((0,), min_length=1)

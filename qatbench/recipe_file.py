@@ -219,7 +219,7 @@ def _name_problems(recipe: Recipe, lines: _Lines, check: NameCheck) -> list[str]
     names: list[tuple[tuple[str, ...], str, str]] = [
         (("data", "eval"), "questions", text) for text in data.eval
     ]
-    chosen = [("train", source.questions) for source in data.sources]
+    chosen = [("train", source.questions) for source in data.train]
     for key, text in (*chosen, ("calibration", data.calibration)):
         names += [(("data", key), "questions", text)] if text else []
     if recipe.tuning:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from qatbench.errors import PrerequisiteError, RecipeError
-from qatbench.recipe import Recipe
+from qatbench.recipe import ArmRef, BetaSpec, Recipe
 from qatbench.recipe_file import load_recipe
 from qatbench.stages.grid_check import check_grid, check_name
 
@@ -183,6 +183,54 @@ def test_order_puts_every_arm_after_what_it_needs(arms: Callable[[str], Recipe])
     assert recipe.order(("graced", "sft-gptq")) == ["sft", "kd", "graced", "sft-gptq"]
 
 
+def test_teachers_and_starts(arms: Callable[[str], Recipe]) -> None:
+    recipe = arms(
+        """
+        sft: {kind: sft}
+        gptq: {kind: gptq}
+        own: {kind: grace, of: sft, teacher: self}
+        self: {kind: grace, teacher: self}
+        other: {kind: kd, teacher: some/model}
+        start: {kind: qat, init: gptq}
+        """
+    )
+    told = {name: recipe.teacher_of(arm) for name, arm in recipe.arms.items()}
+    assert told["own"] == ArmRef(arm="sft")  # what it is trained from, before that
+    assert told["self"] == recipe.student
+    assert told["other"] == "some/model"
+    assert told["start"] is None
+    assert recipe.needs("start") == ["gptq"]
+    assert recipe.needs("self") == []
+
+
+def test_a_controller_of_the_released_code_by_its_name(arms: Callable[[str], Recipe]) -> None:
+    recipe = arms(
+        """
+        sft: {kind: sft}
+        a: {kind: grace, controller: class-defaults}
+        b: {kind: grace, controller: launch-script}
+        """
+    )
+    assert recipe.arms["a"].controller == BetaSpec(
+        target=0.35, rate=0.0015, initial=1.0, low=0.1, high=5.0, ema=0.99
+    )
+    assert recipe.arms["b"].controller == BetaSpec()  # the default
+
+
+def test_several_sources_of_training_data(write: Callable[[str], Path]) -> None:
+    text = HEAD.replace(
+        "  train: scienceqa:train:text\n",
+        "  train:\n    - {questions: scienceqa:train, weight: 2}\n"
+        "    - {conversations: mix.json, images: pictures}\n",
+    )
+    recipe = load_recipe(write(text + "  sft: {kind: sft}\n"), check_grid, check_name)
+    assert [source.weight for source in recipe.data.train] == [2.0, 1.0]
+    assert recipe.data.train[1].images == "pictures"
+    bad = text.replace("conversations: mix.json", "questions: scienceqa:train")
+    found = problems(lambda: load_recipe(write(bad + "  sft: {kind: sft}\n"), check_grid))
+    assert "`images` belongs to `conversations`" in found[0]
+
+
 # --- one problem --------------------------------------------------------------------------------
 
 
@@ -207,6 +255,13 @@ def test_order_puts_every_arm_after_what_it_needs(arms: Callable[[str], Recipe])
         ("a:\n  kind: sft\n  training:\n    lrr: 1", 3, "arms.a.training.lrr", "extra inputs"),
         ("a:\n  kind: sft\n  training:\n    lr: -1", 3, "arms.a.training.lr", "greater than 0"),
         ("a: {kind: sft}\n'b/c': {kind: base}", 1, "arms.b/c", "an arm's name is letters"),
+        ("a: {kind: rtn}\nb: {kind: sft, init: a}", 1, "arms.b.init", "only qat and grace start"),
+        ("a: {kind: sft}\nb: {kind: qat, init: a}", 1, "arms.b.init", "'a' is not quantized"),
+        ("a: {kind: sft}\nb: {kind: qat, init: c}", 1, "arms.b.init", "no arm 'c'"),
+        ("a: {kind: sft}\nb: {kind: qat, teacher: self}", 1, "arms.b.teacher", "has no teacher"),
+        ("a: {kind: kd, teacher: {arm: c}}", 0, "arms.a.teacher.arm", "no arm 'c'"),
+        ("a: {kind: grace, controller: quick}", 0, "arms.a.controller", "no preset 'quick'"),
+        ("a: {kind: kd, tokens: all}", 0, "arms.a.tokens", "only a grace arm"),
     ],
 )
 def test_a_wrong_arm_is_told_with_its_line(

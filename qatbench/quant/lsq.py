@@ -13,81 +13,21 @@ gradient ignores that rounding), so the layer that is trained is bit for bit the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from qatbench.errors import NumericsError, UsageError
+from qatbench.errors import UsageError
 from qatbench.quant import grid as grids
+from qatbench.quant.fake_quant import EAGER, fake_quant, lsq_gradient_factor, working
 from qatbench.quant.grid import Grid
 
-
-def fake_quant(
-    weight: Tensor, log_scale: Tensor, grid: Grid, *, gradient_factor: float = 1.0
-) -> Tensor:
-    """Weights on the INT grid, differentiable in the weights and in the log of the scales.
-
-    Keeps only its two inputs for the backward pass and computes the rest again.
-
-    `gradient_factor` multiplies the gradient of log_scale: 1 is GRACE's form,
-    `lsq_gradient_factor` LSQ's.
-
-    Shapes: weight (out, in) of any float dtype; log_scale (out, groups) fp32 or fp64.
-    Returns: (out, in) fp32 (fp64 for an fp64 weight), equal to
-        dequantize(quantize(weight, s), s) with s = round_scales(exp(log_scale)).
-    Raises: ShapeError if the scales are not one a group; NumericsError if log_scale has a 16-bit
-        dtype.
-    """
-    if log_scale.dtype not in (torch.float32, torch.float64):
-        raise NumericsError(
-            f"log_scale is {log_scale.dtype}: a scale would be off by percents",
-            hint="keep log_scale in float32 and use autocast for 16-bit arithmetic",
-        )
-    result: Tensor = _FakeQuant.apply(weight, log_scale, grid, gradient_factor)
-    return result
-
-
-def lsq_gradient_factor(grid: Grid, in_features: int) -> float:
-    """LSQ's 1 / sqrt(n * qmax) with n the weights that share a scale (arXiv:1902.08153, 2.2)."""
-    return 1 / math.sqrt(in_features // grid.groups(in_features) * grid.qmax)
-
-
-class _FakeQuant(torch.autograd.Function):
-    """The rounding with its straight-through gradient; see the module's docstring."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, log_scale: Tensor, grid: Grid, gradient_factor: float
-    ) -> Tensor:
-        ctx.save_for_backward(weight, log_scale)
-        ctx.grid, ctx.gradient_factor = grid, gradient_factor
-        scales = grids.round_scales(log_scale.exp(), grid)
-        place = grids.over_scales(weight, scales, grid)
-        codes = place.round_().clamp_(grid.qmin, grid.qmax)
-        return codes.mul_(scales.to(codes.dtype).unsqueeze(-1)).flatten(1)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        weight, log_scale = ctx.saved_tensors
-        grid: Grid = ctx.grid
-        scales = grids.round_scales(log_scale.exp(), grid)
-        place = grids.over_scales(weight, scales, grid)
-        inside = (place >= grid.qmin) & (place <= grid.qmax)
-        upstream = grad.reshape(place.shape)
-        grad_weight = grad_scale = None
-        if ctx.needs_input_grad[0]:
-            grad_weight = (upstream * inside).flatten(1).to(weight.dtype)
-        if ctx.needs_input_grad[1]:
-            codes = place.round().clamp_(grid.qmin, grid.qmax)
-            per_scale = (upstream * codes.sub_(place * inside)).sum(-1)
-            grad_scale = (per_scale * scales * ctx.gradient_factor).to(log_scale.dtype)
-        return grad_weight, grad_scale, None, None
+__all__ = [
+    "FakeQuantLinear", "attach", "compile_layers", "detach", "fake_quant", "lsq_gradient_factor",
+    "quantized_layers",
+]  # fmt: skip
 
 
 class FakeQuantLinear(nn.Module):
@@ -95,7 +35,7 @@ class FakeQuantLinear(nn.Module):
 
     Parameters: `weight` and `bias`, the very objects of the wrapped layer, and `log_scale`
     (out, groups) fp32. `state_dict` has the wrapped layer's keys and "log_scale".
-    `gradient_factor` (1.0) may be set: see `fake_quant`.
+    `gradient_factor` (1.0) and `kernels` (EAGER) may be set: see `fake_quant`.
     """
 
     def __init__(
@@ -105,31 +45,49 @@ class FakeQuantLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.grid = grid
         self.gradient_factor = 1.0
+        self.kernels = EAGER
         self.weight = weight
         self.bias = bias
         self.log_scale = log_scale
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, grid: Grid, name: str = "") -> FakeQuantLinear:
-        """Wrap `linear`, with scales of least squared error among GRACE's 20 ratios and 1.
+    def from_linear(
+        cls, linear: nn.Linear, grid: Grid, name: str = "", scales: Tensor | None = None
+    ) -> FakeQuantLinear:
+        """Wrap `linear`, with the given scales (out, groups), or else those of least squared error
+        among GRACE's 20 ratios and 1.
 
         Raises: ShapeError if the group size does not divide the inputs; the message has `name`;
             NumericsError if a weight is not finite; UsageError if it is no parameter.
-        """
+        """  # noqa: D205
         weight = linear.weight
         if not isinstance(weight, nn.Parameter):
             raise UsageError(f"{name or 'layer'}: its weight is computed, not a parameter")
-        scales = grids.search_scales(weight, grid, ratios=grids.LSQ_RATIOS, name=name)
-        layer = cls(weight, linear.bias, grid, nn.Parameter(scales.log()))
+        if scales is None:
+            scales = grids.search_scales(weight, grid, ratios=grids.LSQ_RATIOS, name=name)
+        log_scale = nn.Parameter(scales.to(weight.device, torch.float32).log())
+        layer = cls(weight, linear.bias, grid, log_scale)
         return layer.train(linear.training)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of the inputs, or of autocast where it is on."""
-        weight = fake_quant(
-            self.weight, self.log_scale, self.grid, gradient_factor=self.gradient_factor
-        )
+        kind, dtype = inputs.device.type, inputs.dtype
+        if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+        weight = self.on_grid(dtype)
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
-        return F.linear(inputs, weight.to(inputs.dtype), bias)
+        return F.linear(inputs, weight, bias)
+
+    def on_grid(self, dtype: torch.dtype) -> Tensor:
+        """The weight on the grid, differentiable: (out, in) in `dtype`."""
+        return fake_quant(
+            self.weight,
+            self.log_scale,
+            self.grid,
+            gradient_factor=self.gradient_factor,
+            out_dtype=dtype,
+            kernels=self.kernels,
+        )
 
     @torch.no_grad()
     def codes_and_scales(self) -> tuple[Tensor, Tensor]:
@@ -149,8 +107,15 @@ class FakeQuantLinear(nn.Module):
         )
 
 
-def attach(model: nn.Module, names: Iterable[str], grid: Grid) -> dict[str, FakeQuantLinear]:
+def attach(
+    model: nn.Module,
+    names: Iterable[str],
+    grid: Grid,
+    scales: Mapping[str, Tensor] | None = None,
+) -> dict[str, FakeQuantLinear]:
     """Replace the named nn.Linear submodules by FakeQuantLinear, in place.
+
+    `scales` are those to start from, by layer; a layer without any gets searched ones.
 
     Returns: the new layers by name. Nothing is replaced if one of them cannot be.
     Raises: UsageError if a name is not that of an nn.Linear inside the model. ShapeError,
@@ -163,7 +128,7 @@ def attach(model: nn.Module, names: Iterable[str], grid: Grid) -> dict[str, Fake
         if not isinstance(linear, nn.Linear):
             found = type(linear).__name__ if linear is not None else "nothing"
             raise UsageError(f"cannot quantize {name!r}: expected an nn.Linear, found {found}")
-        layers[name] = FakeQuantLinear.from_linear(linear, grid, name)
+        layers[name] = FakeQuantLinear.from_linear(linear, grid, name, (scales or {}).get(name))
     for name, layer in layers.items():
         _replace(model, name, layer)
     return layers
@@ -195,6 +160,20 @@ def quantized_layers(model: nn.Module) -> dict[str, FakeQuantLinear]:
         for name, module in model.named_modules()
         if name and isinstance(module, FakeQuantLinear)
     }
+
+
+def compile_layers(model: nn.Module, device: torch.device) -> None:
+    """Let every FakeQuantLinear below `model` compute with compiled kernels.
+
+    Whoever compiles the model around them finds a break there: inside a larger graph the compiler
+    would leave the scales' way through fp16 out.
+
+    Raises: PrerequisiteError if there is no working compiler for the device.
+    """
+    kernels = working(device)
+    for layer in quantized_layers(model).values():
+        layer.kernels = kernels
+        layer.on_grid = torch.compiler.disable(layer.on_grid)  # type: ignore
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from qatbench import store
-from qatbench.errors import PrerequisiteError, QatbenchError, UsageError
-from qatbench.recipe import PTQ, TRAINED, Arm, ArmRef, Recipe, SourceSpec
+from qatbench.errors import PrerequisiteError, QatbenchError
+from qatbench.recipe import PTQ, TRAINED, Arm, ArmRef, Recipe
 from qatbench.records import Question
-from qatbench.stages.evaluate import EvalSettings
+from qatbench.stages import training_sources
+from qatbench.stages.evaluate import EvalSettings, questions_of
 from qatbench.stages.objective import Distillation
 from qatbench.stages.quantize import QuantizeSettings, calibration_questions
 from qatbench.stages.train_settings import ControllerSettings, TrainSettings
+from qatbench.stages.training_sources import TrainingSet
 from qatbench.tasks import selector
 from qatbench.vlm import load as models
 from qatbench.vlm.load import ModelFolder
@@ -61,7 +63,8 @@ class Plan:
         self.root = results / recipe.name
         self.student = models.find(recipe.student)
         self._folders: dict[str, ModelFolder] = {recipe.student: self.student}
-        self.train_rows = self._rows(recipe.data.train)
+        self.train_set = self._train_set()
+        self._asked: dict[str, list[Question]] | None = None
         self._calibration: list[Question] | None = None
         self._units: dict[tuple[str, int | None], Unit] = {}
         self.evaluation = EvalSettings(
@@ -111,7 +114,9 @@ class Plan:
         train = self._train_settings(arm, seed or 0)
         taught = teacher.fingerprint() if isinstance(teacher, ModelFolder) else None
         taught = teacher.fingerprint if isinstance(teacher, Unit) else taught
-        spec = train.spec(origin, taught, self.train_rows, init.fingerprint if init else None)
+        start = init.fingerprint if init else None
+        how = self.recipe.training_of(arm).teacher_dtype
+        spec = train.spec(origin, taught, self.train_set.sources, start, how)
         made = store.RunFolder(checkpoint, "train", spec)
         made_by = made.fingerprint
         return Unit(name, seed, folder, checkpoint, source, teacher, init, train, made_by)
@@ -128,13 +133,21 @@ class Plan:
             self._folders[teacher] = models.find(teacher)
         return self._folders[teacher] if teacher is not None else None
 
-    def _rows(self, chosen: str | tuple[SourceSpec, ...] | None) -> list[Question]:
+    def _train_set(self) -> TrainingSet:
         trains = any(arm.kind in TRAINED for arm in self.recipe.arms.values())
-        if not chosen or not trains:
-            return []
-        if not isinstance(chosen, str):
-            raise UsageError("several sources of training data are not supported yet")
-        return selector.load(selector.parse(chosen), self.paths)
+        specs = self.recipe.data.train if trains else ()
+        return training_sources.load(specs, self.paths)
+
+    def asked(self) -> dict[str, list[Question]]:
+        """The questions of the evaluation by selector, loaded once."""
+        if self._asked is None:
+            chosen = self.evaluation
+            self._asked = questions_of(chosen.selectors, self.paths, chosen.limit, chosen.seed)
+        return self._asked
+
+    def evaluated(self) -> list[Question]:
+        """All of them: what the training data must not hold."""
+        return [question for questions in self.asked().values() for question in questions]
 
     def calibration(self) -> list[Question]:
         """Calibration questions, loaded once."""

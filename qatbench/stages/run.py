@@ -19,13 +19,12 @@ from qatbench.records import Question
 from qatbench.report.model import Comparison
 from qatbench.stages import compare as comparing
 from qatbench.stages.common import Progress
-from qatbench.stages.evaluate import evaluate, questions_of, run_folder
+from qatbench.stages.evaluate import evaluate, run_folder
 from qatbench.stages.plan import Plan, Unit, model_of
 from qatbench.stages.quantize import QuantizeSettings, quantize
 from qatbench.stages.train import TrainRequest, train
 from qatbench.stages.train_settings import TrainSettings
 from qatbench.stages.workers import Job
-from qatbench.vlm.load import ModelFolder
 
 KEPT_WITH_RESULTS = {"train.jsonl": "train.jsonl", store.PROVENANCE: "checkpoint.json"}
 
@@ -54,9 +53,7 @@ def run(
     unknown = [name for name in arms if name not in recipe.arms]
     if unknown:
         raise UsageError(f"no arm {unknown[0]!r}", hint=f"arms: {', '.join(recipe.arms)}")
-    asked = questions_of(
-        plan.evaluation.selectors, plan.paths, plan.evaluation.limit, plan.evaluation.seed
-    )
+    asked = plan.asked()
     wanted = [name for name in recipe.order(tuple(arms)) if not arms or name in arms]
     for unit in plan.units(wanted):
         if seeds and unit.seed is not None and unit.seed not in seeds:
@@ -176,22 +173,25 @@ def make_checkpoint(plan: Plan, unit: Unit, progress: Progress, save_every: int)
                 origin, unit.settings, plan.paths, unit.checkpoint, resume=True, progress=progress
             )
         elif isinstance(unit.settings, TrainSettings):
-            train(_request(plan, unit, unit.settings, origin, save_every), unit.checkpoint,
-                  resume=True, progress=progress)  # fmt: skip
+            request = request_of(plan, unit, save_every)
+            train(request, unit.checkpoint, resume=True, progress=progress)
 
 
-def _request(
-    plan: Plan, unit: Unit, settings: TrainSettings, student: ModelFolder, save_every: int
-) -> TrainRequest:
-    teacher = unit.teacher
+def request_of(plan: Plan, unit: Unit, save_every: int) -> TrainRequest:
+    """What `train` gets for a trained unit whose source, teacher and start are made."""
+    settings, teacher = unit.settings, unit.teacher
+    if not isinstance(settings, TrainSettings):
+        raise UsageError(f"{unit.title} is not trained")
     how = plan.recipe.training_of(plan.recipe.arms[unit.arm])
     return TrainRequest(
         settings,
-        student,
+        model_of(plan, unit.source) if unit.source else plan.student,
         model_of(plan, teacher) if isinstance(teacher, Unit) else teacher,
-        plan.train_rows,
+        plan.train_set.sources,
         plan.device,
         save_every,
+        remarks=tuple(plan.train_set.notes()),
+        evaluated=plan.evaluated(),
         init=model_of(plan, unit.init) if unit.init else None,
         teacher_dtype=how.teacher_dtype,
         checkpointing=how.checkpointing,

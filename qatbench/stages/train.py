@@ -13,10 +13,9 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -26,140 +25,146 @@ from qatbench.grace.controller import BetaController
 from qatbench.quant import lsq
 from qatbench.quant.grid import Grid
 from qatbench.quant.result import Quantized, QuantizedLinear
-from qatbench.records import Question
-from qatbench.stages import export, train_state
-from qatbench.stages.common import Progress
+from qatbench.stages import distributed, export, optimizers, train_state
+from qatbench.stages.common import Progress, silent
+from qatbench.stages.distributed import ALONE, World, gather
+from qatbench.stages.leakage import leakage
 from qatbench.stages.objective import Distillation, StepLoss, accumulate
 from qatbench.stages.quantize import check_grid, notes
-from qatbench.stages.train_settings import QUANTIZED, TAUGHT, TrainSettings, schedule
-from qatbench.tasks import selector
-from qatbench.tasks.selector import Selector
-from qatbench.vlm import layout
+from qatbench.stages.student import check_init, language_linears, prepare, rebuilt
+from qatbench.stages.teacher import load_teacher
+from qatbench.stages.train_request import TrainRequest, training_questions
+from qatbench.stages.train_settings import QUANTIZED, TAUGHT, schedule
 from qatbench.vlm import load as models
-from qatbench.vlm.load import Loaded, ModelFolder
+from qatbench.vlm.load import Loaded
 from qatbench.vlm.training import TrainingData
 
-
-@dataclass(frozen=True)
-class TrainRequest:
-    """Settings, inputs and how to run them."""
-
-    settings: TrainSettings
-    student: ModelFolder
-    teacher: ModelFolder | None
-    questions: Sequence[Question]
-    device: str | None = None
-    save_every: int = 50
-    dtype: str | None = None  # of activations and the teacher; default by device
-    init: ModelFolder | None = None  # a packed checkpoint of the student to start from
-    teacher_dtype: Literal["auto", "int8"] = "auto"  # of the frozen teacher's weights
-    checkpointing: bool = False  # recompute activations in the backward pass
-    compile: bool | None = None  # the fake quantization; default: on CUDA
-
-
-def training_questions(chosen: Selector, paths: Mapping[str, str]) -> list[Question]:
-    """Load a training split."""
-    return selector.load(chosen, paths)
+__all__ = ["TrainRequest", "TrainingRun", "train", "training_questions"]
 
 
 def train(request: TrainRequest, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
     """Train, export and prove a checkpoint in `out`; returns its provenance.
 
-    Raises: UsageError for a grid or teacher that does not fit; NumericsError when a loss is not
-        finite; PrerequisiteError when the teacher is missing.
+    Several processes of a launcher train together; the first one writes.
+
+    Raises: UsageError for a grid, teacher or start that does not fit; NumericsError when a loss is
+        not finite; PrerequisiteError when the teacher is missing.
     """
     settings, started = request.settings, time.monotonic()
     if settings.method in QUANTIZED:
         check_grid(request.student, settings.bits, settings.group_size)
-    teacher_fp = request.teacher.fingerprint() if request.teacher else None
-    spec = settings.spec(request.student.fingerprint(), teacher_fp, request.questions)
-    device = models.pick_device(request.device)
+    spec = _spec(request)
+    world = distributed.join(request.device)
+    world.check(settings.batch_size)
+    device = world.device or models.pick_device(request.device)
     models.pick_dtype(request.dtype, device)
     folder = store.RunFolder(out, "train", spec)
-    if folder.begin(resume=resume) is store.State.DONE:
+    if distributed.begin(folder, resume, world) is store.State.DONE:
         return store.read_json(out / store.PROVENANCE)
+    progress = progress if world.main else silent
     progress("Loading the models", 0, 0)
-    run = TrainingRun(request, device, out)
+    run = TrainingRun(request, device, out, world)
     run.fit(progress)
     progress("Writing and reloading the checkpoint", 0, 0)
-    figures = run.figures() | run.export()
-    shutil.rmtree(out / "state", ignore_errors=True)
-    return folder.finish(
-        inputs={
-            "student": {"name": Path(request.student.name).name, "fingerprint": spec["student"]},
-            "teacher": spec["teacher"],
-        },
-        seconds=time.monotonic() - started,
-        machine=models.machine(device),
-        figures=figures,
-    )
+    figures = run.figures() if world.main else {}
+    figures |= run.export()
+    if world.main:
+        shutil.rmtree(out / "state", ignore_errors=True)
+        folder.finish(
+            inputs={
+                "student": {
+                    "name": Path(request.student.name).name,
+                    "fingerprint": spec["student"],
+                },
+                "teacher": spec["teacher"],
+            },
+            seconds=time.monotonic() - started,
+            machine=models.machine(device),
+            figures=figures,
+        )
+    world.wait()
+    return store.read_json(out / store.PROVENANCE)
+
+
+def _spec(request: TrainRequest) -> dict[str, Any]:
+    """What decides the checkpoint; what is left at its default is left out of it."""
+    teacher = request.teacher.fingerprint() if request.teacher else None
+    if request.init:
+        check_init(request.student, request.init)
+    init = request.init.fingerprint() if request.init else None
+    student = request.student.fingerprint()
+    return request.settings.spec(student, teacher, request.questions, init, request.teacher_dtype)
 
 
 class TrainingRun:
-    """One training run: models, optimizer, controller and the loop."""
+    """One training run: models, optimizer, controller and the loop.
 
-    def __init__(self, request: TrainRequest, device: str, out: Path) -> None:
+    Raises: UsageError for settings, a teacher or a start that do not fit; PrerequisiteError for
+        what is not there.
+    """
+
+    def __init__(self, request: TrainRequest, device: str, out: Path, world: World = ALONE) -> None:
         self.request, self.settings, self.out = request, request.settings, out
-        self.device = torch.device(device)
-        self.dtype = models.pick_dtype(request.dtype, device)
+        self.device, self.world = torch.device(device), world
+        self.dtype = self._dtype(device)
         torch.manual_seed(self.settings.seed)
-        self.student = models.load(request.student, device=device, dtype=torch.float32)
-        self.teacher = self._load_teacher(device)
+        made = prepare(
+            self.settings, request.student, request.init, device,
+            checkpointing=request.checkpointing, compile=self._compiles(),
+        )  # fmt: skip
+        self.student, self.notes = made.loaded, made.notes
+        self.teacher = self._teacher(device)
         self.data = TrainingData(
-            self.student, request.questions, self.settings.formats, self.settings.seed
-        )
-        self.parameters = self._trainable()
-        self.optimizer = self._optimizer()
+            self.student, request.questions, self.settings.formats, self.settings.seed,
+            max_length=self.settings.max_length, packing=self.settings.packing,
+        )  # fmt: skip
+        if world.sharded:
+            for loaded in (self.student, self.teacher):
+                if loaded is not None:
+                    distributed.shard(loaded, world)
+        named = self.student.model.named_parameters()
+        self.parameters = {name: p for name, p in named if p.requires_grad}
+        self.optimizer = optimizers.build(self.settings, self.parameters, self.device)
         control = self.settings.controller
         self.controller = BetaController(**dataclasses.asdict(control))
         self.seconds, self.saw_images = 0.0, False
         self.betas: list[float] = []
 
-    def _load_teacher(self, device: str) -> Loaded | None:
+    def _dtype(self, device: str) -> torch.dtype:
+        """Of activations and the teacher; 16-bit weights compute in their own."""
+        if self.settings.weights == "float32":
+            return models.pick_dtype(self.request.dtype, device)
+        if self.request.dtype not in (None, "bfloat16"):
+            raise UsageError(
+                f"bfloat16 weights compute in bfloat16, not {self.request.dtype}",
+                hint="leave --dtype out",
+            )
+        return torch.bfloat16
+
+    def _compiles(self) -> bool:
+        if self.request.compile is None:
+            return self.device.type == "cuda" and not torch._dynamo.config.disable
+        return self.request.compile
+
+    def _teacher(self, device: str) -> Loaded | None:
+        request, weights = self.request, self.request.teacher_dtype
         if self.settings.method not in TAUGHT:
             return None
-        if self.request.teacher is None:
+        if request.teacher is None:
             raise PrerequisiteError(
                 f"{self.settings.method} needs a teacher", hint="--teacher MODEL"
             )
-        teacher = models.load(self.request.teacher, device=device, dtype=self.dtype)
-        if teacher.tokenizer.get_vocab() != self.student.tokenizer.get_vocab():
-            raise UsageError(
-                f"{self.request.teacher.name} and {self.request.student.name} have different "
-                "vocabularies",
-                hint="distillation needs a teacher with the student's tokenizer",
-            )
-        teacher.model.requires_grad_(False)
-        return teacher
-
-    def _trainable(self) -> dict[str, torch.nn.Parameter]:
-        model, arch = self.student.model, self.student.arch
-        if self.settings.method in QUANTIZED:
-            grid = Grid(self.settings.bits, self.settings.group_size)
-            lsq.attach(model, list(layout.linear_shapes(self.request.student.config)), grid)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not name.startswith(arch.vision or ("\0",)))
-        model.train()
-        return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        scales = [p for name, p in self.parameters.items() if name.endswith("log_scale")]
-        weights = [p for name, p in self.parameters.items() if not name.endswith("log_scale")]
-        groups = [
-            {"params": weights, "lr": self.settings.lr, "weight_decay": self.settings.weight_decay},
-            {"params": scales, "lr": self.settings.scale_lr, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            betas=self.settings.betas,
-            fused=self.device.type == "cuda",
-        )
+        if weights == "int8" and self.world.sharded:
+            raise UsageError("an int8 teacher cannot be sharded", hint="leave one of the two out")
+        return load_teacher(request.teacher, self.student, device, self.dtype, weights)
 
     def fit(self, progress: Progress) -> None:
         """Run the remaining steps, saving the state now and then."""
         states = self.out / "state"
         step, before = train_state.restore(states, self.parameters, self.optimizer, self.controller)
-        log = train_state.StepLog(self.out / "train.jsonl", step)
+        log: train_state.StepLog | train_state.Silent = train_state.Silent()
+        if self.world.main:
+            log = train_state.StepLog(self.out / "train.jsonl", step)
         started = time.monotonic()
         try:
             for number in range(step, self.settings.steps):
@@ -169,7 +174,7 @@ class TrainingRun:
                 if (number + 1) % self.request.save_every == 0:
                     train_state.save(
                         states, number + 1, self.parameters, self.optimizer, self.controller,
-                        self.seconds,
+                        self.seconds, self.world,
                     )  # fmt: skip
         except torch.OutOfMemoryError as error:
             raise PrerequisiteError(
@@ -182,13 +187,12 @@ class TrainingRun:
     def _step(self, number: int) -> dict[str, Any]:
         settings = self.settings
         factor = schedule(number, settings.steps, settings.warmup)
-        for group, base in zip(
-            self.optimizer.param_groups, (settings.lr, settings.scale_lr), strict=False
-        ):
-            group["lr"] = base * factor
-        rows = self.data.step(number, settings.batch_size)
+        rates = {"weights": settings.lr * factor, "scales": settings.scale_lr * factor}
+        optimizers.set_rates(self.optimizer, rates)
+        rows = self.world.share(self.data.step(number, settings.batch_size))
+        pixels = torch.bfloat16 if settings.weights == "bfloat16" else torch.float32
         batches = [
-            self.data.collate(rows[i : i + settings.micro_batch_size], self.device, torch.float32)
+            self.data.collate(rows[i : i + settings.micro_batch_size], self.device, pixels)
             for i in range(0, len(rows), settings.micro_batch_size)
         ]
         beta = self.controller.beta if settings.method == "grace" else 1.0
@@ -201,10 +205,12 @@ class TrainingRun:
             beta,
             omega,
             self._autocast(),
+            self.world.sum,
         )
         self._check(number, loss)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
-        self.optimizer.step()
+        self.world.add_gradients(self.parameters.values())
+        norm = self.world.clip(self.parameters.values(), settings.clip)
+        optimizers.step(self.optimizer, settings.seed, number)
         self.optimizer.zero_grad(set_to_none=True)
         if settings.method == "grace" and loss.kd is not None:
             self.controller.update(loss.kd)
@@ -216,7 +222,7 @@ class TrainingRun:
             "omega": omega if loss.images else None,
             "lr": settings.lr * factor,
             "scale_lr": settings.scale_lr * factor if settings.method in QUANTIZED else None,
-            "grad_norm": norm.item(),
+            "grad_norm": float(norm),
         }
 
     def _terms(self) -> Distillation:
@@ -228,7 +234,7 @@ class TrainingRun:
 
     def _autocast(self) -> Callable[[], contextlib.AbstractContextManager[Any]]:
         """16-bit activations over fp32 weights where asked for: bf16 by default on CUDA."""
-        if self.dtype == torch.float32:
+        if self.dtype == torch.float32 or self.settings.weights == "bfloat16":
             return contextlib.nullcontext
         return lambda: torch.autocast(self.device.type, dtype=self.dtype)
 
@@ -245,9 +251,17 @@ class TrainingRun:
     def figures(self) -> dict[str, Any]:
         """What the report needs to know of this run."""
         settings = self.settings
-        told = notes(self.request.student, self.request.questions)
+        told = [*notes(self.request.student, self.request.samples), *self.request.remarks]
+        if self.data.skipped:
+            told.append(
+                f"{len(self.data.skipped)} training samples could not be used: others of their"
+                " source stood in"
+            )
         if settings.method == "grace" and settings.distillation.rcka and not self.saw_images:
             told.append("RCKA inactive: no images")
+        told += self.notes
+        if self.teacher is not None and self.request.teacher_dtype == "int8":
+            told.append("teacher's linears held in 8 bits")
         figures: dict[str, Any] = {
             "method": settings.method,
             "label": self.request.student.figures.get("label"),
@@ -263,18 +277,30 @@ class TrainingRun:
             figures |= {"bits": settings.bits, "group_size": settings.group_size, "layout": "gptq"}
         if self.device.type == "cuda":
             figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        if self.world.size > 1:
+            figures["processes"] = self.world.size
+        if self.request.evaluated:
+            figures["leakage"] = leakage(self.request.samples, self.request.evaluated).as_lines()
         return figures
 
     def export(self) -> dict[str, Any]:
-        """Write the trained model: packed codes and scales, or bf16 weights."""
+        """Write the trained model: packed codes and scales, or bf16 weights; returns its figures.
+
+        All processes must call; those that do not write return {}.
+        """
         self.teacher = None
+        whole = gather(self.parameters, self.world) if self.world.sharded else None
+        if not self.world.main:
+            return {}
+        if whole is not None:
+            self.student = rebuilt(self.settings, self.request.student, self.request.init, whole)
         model = self.student.model.eval()
         if self.settings.method not in QUANTIZED:
             return export.write_dense(self.request.student, self.student, self.out)
         grid = Grid(self.settings.bits, self.settings.group_size)
         linears = {}
-        for name, layer in lsq.quantized_layers(model).items():
-            codes, scales = layer.codes_and_scales()
+        for name in language_linears(self.request.student):
+            codes, scales = model.get_submodule(name).codes_and_scales()
             linears[name] = QuantizedLinear.from_codes(codes.cpu(), scales.cpu(), grid)
         lsq.detach(model)
         quantized = Quantized(self.settings.method, "gptq", linears)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from qatbench.records import Question
 from qatbench.stages.objective import Distillation
-from qatbench.tasks import selector
+from qatbench.tasks import sources
+from qatbench.tasks.sources import Source
 
 Method = Literal["sft", "kd", "qat", "grace"]
 QUANTIZED = ("qat", "grace")
@@ -18,7 +19,7 @@ QUANTIZED = ("qat", "grace")
 # before keeps its fingerprint.
 LATER = {
     "projector": "trained", "scale_gradient": "log", "optimizer": "adamw", "weights": "float32",
-    "packing": "pack",
+    "packing": "pack", "max_length": 2048,
 }  # fmt: skip
 LATER_DISTILLATION = {"tokens": "supervised"}
 TAUGHT = ("kd", "grace")
@@ -66,13 +67,15 @@ class TrainSettings:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     weights: Literal["float32", "bfloat16"] = "float32"  # what the optimizer updates
     packing: Literal["pack", "group"] = "pack"  # samples side by side, or padded to like lengths
+    max_length: int = 2048  # tokens of a sample
 
     def spec(
         self,
         student: str,
         teacher: str | None,
-        questions: Sequence[Question],
+        data: Sequence[Question] | Sequence[Source],
         init: str | None = None,
+        teacher_dtype: str = "auto",
     ) -> dict[str, Any]:
         """What decides the checkpoint; a method's spec holds only what it uses.
 
@@ -93,14 +96,16 @@ class TrainSettings:
         spec["betas"], spec["formats"] = list(self.betas), list(self.formats)
         if init is not None:
             spec["init"] = init
+        if teacher_dtype != "auto" and self.method in TAUGHT:
+            spec["teacher_dtype"] = teacher_dtype
         return spec | {
             "student": student,
             "teacher": teacher if self.method in TAUGHT else None,
-            "data": selector.digest(questions),
+            "data": sources.digest(sources.given(data)),
         }
 
 
-def _drop(spec: dict[str, Any], defaults: dict[str, str]) -> None:
+def _drop(spec: dict[str, Any], defaults: dict[str, Any]) -> None:
     for key, default in defaults.items():
         if spec[key] == default:
             del spec[key]

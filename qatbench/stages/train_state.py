@@ -6,6 +6,7 @@ schedule follow from the step, so nothing else has to be remembered.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from qatbench import store
 from qatbench.errors import ArtifactError
 from qatbench.grace.controller import BetaController
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from qatbench.stages import optimizers
+from qatbench.stages.distributed import ALONE, World, like, whole
 
 
 def save(
@@ -29,16 +31,23 @@ def save(
     optimizer: torch.optim.Optimizer,
     controller: BetaController,
     seconds: float,
+    world: World = ALONE,
 ) -> None:
-    """Write the state after `step` optimizer steps and drop older ones."""
+    """Write the state after `step` optimizer steps and drop older ones.
+
+    Of several processes all must call: sharded tensors are gathered. The first one writes.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        parts = {"weight": whole(parameter.detach()).cpu().contiguous()}
+        parts |= optimizers.tensors_of(optimizer, parameter, step)
+        if world.main:
+            tensors |= {f"{part}/{name}": value for part, value in parts.items()}
+    if not world.main:
+        return
     scratch = folder / "writing"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    tensors = {}
-    for name, parameter in parameters.items():
-        tensors[f"weight/{name}"] = parameter.detach().cpu().contiguous()
-        for moment in MOMENTS:
-            tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
     save_file(tensors, scratch / "state.safetensors")
     store.write_json(
         scratch / "state.json",
@@ -60,23 +69,23 @@ def restore(
 ) -> tuple[int, float]:
     """Load the newest state; returns (step, seconds so far), (0, 0.0) when there is none.
 
+    It may have been written by another number of processes.
+
     Raises: ArtifactError when the state is damaged or of another model.
     """
     found = sorted(folder.glob("step-*"))
     if not found:
         return 0, 0.0
     facts = store.read_json(found[-1] / "state.json")
-    fused = bool(optimizer.defaults.get("fused"))
     try:
-        tensors = load_file(found[-1] / "state.safetensors")
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, value in load_file(found[-1] / "state.safetensors").items():
+            part, _, name = key.partition("/")
+            parts.setdefault(name, {})[part] = value
         for name, parameter in parameters.items():
-            device = parameter.device
             with torch.no_grad():
-                parameter.copy_(tensors[f"weight/{name}"].to(device))
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(facts["step"]), device=device if fused else "cpu"),
-                **{m: tensors[f"{m}/{name}"].to(device) for m in MOMENTS},
-            }
+                parameter.copy_(like(parts[name].pop("weight"), parameter))
+            optimizers.put_back(optimizer, parameter, parts[name], facts["step"])
         controller.load_state_dict(facts["controller"])
     except (SafetensorError, KeyError, RuntimeError, OSError, ValueError) as error:
         raise ArtifactError(
@@ -86,8 +95,21 @@ def restore(
     return int(facts["step"]), float(facts["seconds"])
 
 
+class Silent:
+    """The log of a process that does not write."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 class StepLog:
-    """train.jsonl: one line an optimizer step; lines after the restored step are dropped."""
+    """train.jsonl: one line an optimizer step; lines after the restored step are dropped.
+
+    Where tensorboard is installed, the terms of each step go into its files beside it too.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         kept = []
@@ -104,12 +126,28 @@ class StepLog:
             raise ArtifactError(f"{path} ends at step {len(kept)}, the saved state at {step}")
         store.write_text(path, "".join(line + "\n" for line in kept))
         self._stream = path.open("a", encoding="utf-8")
+        self._board = _tensorboard(path.parent / "tensorboard", step)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line and flush it."""
         self._stream.write(json.dumps(record) + "\n")
         self._stream.flush()
+        if self._board is not None:
+            for key, value in record.items():
+                if value is not None and key != "step":
+                    self._board.add_scalar(f"train/{key}", value, record["step"])
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the files."""
         self._stream.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(folder: Path, step: int) -> Any | None:
+    """A writer that hides what an earlier try logged after `step`; None without tensorboard."""
+    with contextlib.suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder), purge_step=step + 1)
+    return None

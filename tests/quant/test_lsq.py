@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qatbench.errors import NumericsError, ShapeError, UsageError
+from qatbench.errors import NumericsError, PrerequisiteError, ShapeError, UsageError
+from qatbench.quant import fake_quant as arithmetic
 from qatbench.quant.grid import LSQ_RATIOS, Grid, dequantize, quantize, round_scales, search_scales
 from qatbench.quant.lsq import (
     FakeQuantLinear,
     attach,
+    compile_layers,
     detach,
     fake_quant,
     lsq_gradient_factor,
@@ -342,3 +345,139 @@ def test_diverged_scales_and_weights_are_reported() -> None:
 def _fill_nan(module: nn.Module) -> None:
     for parameter in module.parameters():
         nn.init.constant_(parameter, math.nan)
+
+
+# --- real group sizes, 16-bit output, chunks, the compiler --------------------------------------
+
+REAL = [Grid(bits, size) for bits in (2, 3, 4, 8) for size in (32, 64, 128, -1)]
+
+
+def real_problem(grid: Grid, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (24, 256), log-scales and an upstream gradient; about a third is clipped."""
+    rng = torch.Generator().manual_seed(5)
+    weight = torch.randn(24, 256, generator=rng, dtype=torch.float64)
+    scale = torch.rand(24, grid.groups(256), generator=rng, dtype=torch.float64) + 0.5
+    upstream = torch.randn(24, 256, generator=rng, dtype=torch.float64)
+    logs = (scale / grid.qmax).log()
+    return weight.to(dtype), logs.to(torch.promote_types(dtype, torch.float32)), upstream.to(dtype)
+
+
+def outcome(
+    grid: Grid, dtype: torch.dtype, kernels: arithmetic.Kernels = arithmetic.EAGER
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value and both gradients, in `dtype` throughout but for the scales."""
+    weight, logs, upstream = real_problem(grid, dtype)
+    inputs = weight.requires_grad_(), logs.requires_grad_()
+    value = fake_quant(*inputs, grid, out_dtype=dtype, kernels=kernels)
+    by_weight, by_scale = torch.autograd.grad(value, inputs, upstream)
+    return value, by_weight, by_scale
+
+
+@pytest.mark.parametrize("grid", REAL, ids=str)
+def test_codes_and_gradients_at_every_width_and_group_size(grid: Grid) -> None:
+    weight, logs, upstream = real_problem(grid, torch.float64)
+    scales = stored(logs, grid)
+    codes = quantize(weight, scales, grid)
+    assert (codes.min(), codes.max()) == (grid.qmin, grid.qmax)
+    assert torch.equal(
+        fake_quant(weight.float(), logs.float(), grid), dequantize(codes, scales, grid)
+    )
+    inputs = weight.requires_grad_(), logs.requires_grad_()
+    wide = detach_trick(weight, logs, grid)
+    expected = torch.autograd.grad(wide, inputs, upstream)
+
+    value, by_weight, by_scale = outcome(grid, torch.float64)
+
+    # as in test_gradients_equal_autograd_of_the_detach_trick; sums of up to 256 terms of both
+    # signs, so that the oracle's 2^-11 is one of the largest term (at most qmax/2 a weight)
+    torch.testing.assert_close(value, wide, rtol=1e-14, atol=0)
+    torch.testing.assert_close(by_weight, expected[0], rtol=1e-15, atol=0)
+    torch.testing.assert_close(by_scale, expected[1], rtol=2**-11, atol=2**-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_output_is_the_exact_value_rounded_once(dtype: torch.dtype) -> None:
+    for grid in REAL:
+        weight, logs, _ = real_problem(grid, torch.bfloat16)
+        value = fake_quant(weight, logs, grid, out_dtype=dtype)
+        assert value.dtype == dtype
+        assert torch.equal(value, fake_quant(weight, logs, grid).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_weights_in_chunks_compute_the_same(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = outcome(Grid(4, 32), dtype)
+    sizes: list[int] = []
+    real = arithmetic._quantize
+    monkeypatch.setattr(arithmetic, "CHUNK", 5 * 256)
+    monkeypatch.setattr(arithmetic, "_quantize", lambda w, *a: sizes.append(len(w)) or real(w, *a))
+    for one, other in zip(whole, outcome(Grid(4, 32), dtype), strict=True):
+        assert torch.equal(one, other)
+    assert sizes == [5, 5, 5, 5, 4]
+
+
+@pytest.fixture
+def _compiler() -> Iterator[None]:
+    with torch._dynamo.config.patch(disable=False):  # other tests switch it off
+        yield
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_kernels_give_the_codes_of_eager_to_the_bit(dtype: torch.dtype) -> None:
+    for grid in (Grid(4, 32), Grid(3, 128), Grid(8, -1)):
+        eager, made = outcome(grid, dtype), outcome(grid, dtype, arithmetic.compiled())
+        assert torch.equal(made[0], eager[0])
+        assert torch.equal(made[1], eager[1])
+        # fp32 sums of up to 256 terms below qmax in another order
+        torch.testing.assert_close(made[2], eager[2], rtol=1e-5, atol=1e-5 * grid.qmax)
+
+
+@pytest.mark.usefixtures("_compiler")
+def test_compiled_layers_of_many_shapes_are_all_compiled() -> None:
+    sizes = [(8 * n, 16 * n) for n in range(1, 4)]
+    model = nn.Sequential(*(nn.Linear(i, o) for o, i in sizes))
+    attach(model, map(str, range(len(sizes))), Grid(4, 16))
+    compile_layers(model, torch.device("cpu"))
+    for layer in quantized_layers(model).values():
+        x = torch.randn(2, layer.in_features)
+        codes, scales = layer.codes_and_scales()
+        weight = dequantize(codes, scales, layer.grid)
+        with torch._dynamo.config.patch(recompile_limit=1):  # dynamo's own: 8
+            result = layer(x)
+            result.sum().backward()
+        assert torch.equal(result, F.linear(x, weight, layer.bias))
+        assert layer.log_scale.grad is not None
+
+
+def test_a_compiler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    attach(model, ["1.up"], Grid(4, 8))
+    with (
+        torch._dynamo.config.patch(disable=True),
+        pytest.raises(PrerequisiteError, match="switched off"),
+    ):
+        compile_layers(model, torch.device("cpu"))
+
+    def missing(*arguments: object) -> Tensor:
+        raise RuntimeError("no compiler")
+
+    kernels = arithmetic.Kernels(missing, missing)  # type: ignore[arg-type]
+    monkeypatch.setattr(arithmetic, "compiled", lambda: kernels)
+    with (
+        torch._dynamo.config.patch(disable=False),
+        pytest.raises(PrerequisiteError, match="no compiler"),
+    ):
+        compile_layers(model, torch.device("cpu"))
+    assert quantized_layers(model)["1.up"].kernels is arithmetic.EAGER
+
+
+def test_given_scales_are_those_a_layer_starts_from() -> None:
+    model, grid = tiny_model(), Grid(4, 8)
+    scales = torch.full((24, 4), 0.125)
+    layers = attach(model, ["1.up", "1.down"], grid, {"1.up": scales})
+    assert torch.equal(layers["1.up"].codes_and_scales()[1], scales)
+    down = search_scales(layers["1.down"].weight, grid, ratios=LSQ_RATIOS)
+    assert torch.equal(layers["1.down"].codes_and_scales()[1], down)

@@ -104,6 +104,23 @@ def test_what_is_finished_is_not_done_again_even_without_checkpoints(
     assert not (copy / "checkpoints").exists()
 
 
+def test_an_arm_may_start_from_integers_and_teach_itself(recipe: Path, tmp_path: Path) -> None:
+    text = recipe.read_text().partition("tuning:")[0]
+    text += "  rtn: {kind: rtn}\n  again: {kind: qat, init: rtn}\n"
+    text += "  self: {kind: grace, teacher: self}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert do(tmp_path / "recipe.yaml", tmp_path, "again", "self") is None
+    made = {
+        name: json.loads((tmp_path / "tiny" / name / "seed-0" / "checkpoint.json").read_text())
+        for name in ("again", "self")
+    }
+    rtn = json.loads((tmp_path / "tiny" / "checkpoints" / "rtn" / "provenance.json").read_text())
+    assert made["again"]["spec"]["init"] == rtn["fingerprint"]
+    assert made["self"]["spec"]["teacher"] == made["self"]["spec"]["student"]
+    told = made["self"]["figures"]["leakage"]
+    assert told[0].startswith("Leakage check of 40 evaluation questions against 40 training")
+
+
 def test_one_arm_brings_what_it_needs_and_no_comparison(recipe: Path, tmp_path: Path) -> None:
     assert do(recipe, tmp_path, "sft-rtn") is None
     assert (tmp_path / "tiny" / "sft-rtn" / "seed-0" / "metrics.json").exists()

@@ -1,0 +1,43 @@
+"""What `train` is asked for: settings, inputs and how to run them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qatbench.records import Question
+from qatbench.stages.train_settings import TrainSettings
+from qatbench.tasks import selector, sources
+from qatbench.tasks.selector import Selector
+from qatbench.tasks.sources import Item, Source
+from qatbench.vlm.load import ModelFolder
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Settings, inputs and how to run them."""
+
+    settings: TrainSettings
+    student: ModelFolder
+    teacher: ModelFolder | None
+    questions: Sequence[Question] | Sequence[Source]
+    device: str | None = None
+    save_every: int = 50
+    dtype: str | None = None  # of activations and the teacher; default by device
+    init: ModelFolder | None = None  # a packed checkpoint of the student to start from
+    teacher_dtype: Literal["auto", "int8"] = "auto"  # of the frozen teacher's weights
+    checkpointing: bool = False  # recompute activations in the backward pass
+    compile: bool | None = None  # the fake quantization; default: on CUDA
+    remarks: tuple[str, ...] = ()  # on the training data, for the report
+    evaluated: Sequence[Question] = ()  # what must not have been trained on
+
+    @property
+    def samples(self) -> list[Item]:
+        """All training samples."""
+        return [item for source in sources.given(self.questions) for item in source.items]
+
+
+def training_questions(chosen: Selector, paths: Mapping[str, str]) -> list[Question]:
+    """Load a training split."""
+    return selector.load(chosen, paths)
