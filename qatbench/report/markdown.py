@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qatbench.report import tables
+from qatbench.report import ablations, tables, training
 from qatbench.report.model import (
     ArmResult,
     Comparison,
@@ -13,7 +13,6 @@ from qatbench.report.model import (
     Setting,
     TaskComparison,
 )
-from qatbench.report.tables import Row
 
 _ARM_TITLES = {
     "acc %": "accuracy %",
@@ -41,8 +40,7 @@ show equivalence with 80 % power if there is no difference.
 equal seeds (or all seeds with the only one of the other arm); McNemar's p of each.
 - **MB**: 10^6 bytes of checkpoint. **bits/weight**: the language model's linears, with scales. \
 **cost**: making the checkpoint, and before it those of the compared arms that it was made from \
-(the model that was quantized, the teacher); mean over seeds, on the device stated.
-- "-": not recorded."""
+(the model that was quantized, the teacher); mean over seeds, on the device stated."""
 
 
 def render(comparison: Comparison) -> str:
@@ -52,11 +50,7 @@ def render(comparison: Comparison) -> str:
     for task in comparison.tasks:
         parts += _task_parts(comparison, task)
     if comparison.training:
-        parts += [
-            "## Training",
-            _table(tables.course_rows(comparison.training)),
-            _betas(comparison),
-        ]
+        parts += ["## Training", *training.paragraphs(comparison)]
     first = comparison.tasks[0].definition
     method = _METHOD.format(
         draws=first.bootstrap_draws,
@@ -64,6 +58,11 @@ def render(comparison: Comparison) -> str:
         family=first.family_size,
         margin=_margin(first),
     )
+    if any(task.ablations for task in comparison.tasks):
+        method += "\n" + ablations.METHOD.format(
+            family=first.ablation_family, alpha=1 - first.level
+        )
+    method += f'\n- "{tables.UNKNOWN}": not recorded.'
     parts += ["## How the numbers are computed", method]
     return "\n\n".join(parts) + "\n"
 
@@ -183,21 +182,21 @@ def _cost(shipped: ArmResult, rivals: Sequence[ArmResult]) -> str:
 
 def _task_parts(comparison: Comparison, task: TaskComparison) -> list[str]:
     definition = task.definition
-    rows = [row for row in tables.arm_rows(comparison) if row["task"] == definition.task]
-    pairs = [row for row in tables.pair_rows(comparison) if row["task"] == definition.task]
+    rows = tables.of_task(tables.arm_rows(comparison), definition.task)
+    pairs = tables.of_task(tables.pair_rows(comparison), definition.task)
     labels: dict[str, list[str]] = {}
     for row, arm in zip(rows, task.arms, strict=True):
         if arm.label:
             labels.setdefault(arm.label, []).append(arm.name)
             row["bits/w"] += f" ({list(labels).index(arm.label) + 1})"
     parts = [f"## {definition.task}", verdict(task, comparison.baseline)]
-    parts.append(_table([_without_task(row) for row in rows], _ARM_TITLES))
+    parts.append(tables.markdown_table(rows, _ARM_TITLES))
     if labels:
         marked = enumerate(labels.items(), start=1)
         parts.append("\n".join(f"({k}) {_named(names)}: {text}." for k, (text, names) in marked))
     told: dict[str, list[str]] = {}
     for arm in task.arms:
-        for note in arm.notes:
+        for note in (*arm.notes, *arm.leakage):
             told.setdefault(note, []).append(arm.name)
     notes = [f"- {_named(names)}: {note}" for note, names in told.items()]
     warnings = [
@@ -205,39 +204,25 @@ def _task_parts(comparison: Comparison, task: TaskComparison) -> list[str]:
         for warning in task.warnings
     ]
     sections: list[tuple[str, str]] = [
+        ("What each part of GRACE is worth", ablations.section(comparison, task)),
         ("Warnings", "\n".join(warnings)),
         ("Notes", "\n".join(notes)),
-        ("Seeds", _table(tables.seed_rows(task))),
-        ("Pairs", _table([_without_task(row) for row in pairs], _PAIR_TITLES)),
-        ("Unparsed, errors, ties", _table(tables.count_rows(task))),
-        ("Making", _table(tables.cost_rows(task))),
-        ("Definition", _definition(definition, comparison.baseline)),
+        ("Seeds", tables.markdown_table(tables.seed_rows(task))),
+        ("Pairs", tables.markdown_table(pairs, _PAIR_TITLES)),
+        ("Unparsed, errors, ties", tables.markdown_table(tables.count_rows(task))),
+        ("Making", tables.markdown_table(tables.cost_rows(task))),
+        ("Definition", _definition(task, comparison.baseline)),
     ]
     return parts + [f"### {title}\n\n{text}" for title, text in sections if text]
-
-
-def _betas(comparison: Comparison) -> str:
-    """What the terms are, and how far beta moved."""
-    lines = [
-        "Means over the steps named and over seeds. **CE**: cross-entropy, nats a token. **KD**:"
-        " distillation loss, nats. **RCKA**: 1 - CKA of visual tokens. **gate**: mean confidence"
-        " gate. **beta**: weight of KD."
-    ]
-    for course in comparison.training:
-        if course.beta_range is not None and course.beta_at_bound is not None:
-            low, high = course.beta_range
-            lines.append(
-                f"- `{course.arm}`: beta moved between {low:.3g} and {high:.3g} and lay at one of"
-                f" its bounds in {100 * course.beta_at_bound:.0f} % of the steps."
-            )
-    return "\n".join(lines)
 
 
 def _named(arms: Sequence[str]) -> str:
     return ", ".join(f"`{arm}`" for arm in arms)
 
 
-def _definition(definition: Definition, baseline: str) -> str:
+def _definition(task: TaskComparison, baseline: str) -> str:
+    definition = task.definition
+    searched = [arm.name for arm in task.arms if arm.leakage]
     questions = f"{definition.n}{' (text only)' if definition.text_only else ''}"
     if definition.intersection:
         dropped = ", ".join(f"{arm} {count}" for arm, count in definition.dropped.items())
@@ -247,6 +232,7 @@ def _definition(definition: Definition, baseline: str) -> str:
         "questions": questions,
         **({} if definition.images == ("shown",) else {"images": _setting(definition.images)}),
         "data": _by_name(definition.data),
+        **({"leakage": f"searched for, see Notes: {_named(searched)}"} if searched else {}),
         "protocol": _setting(definition.protocol),
         "mode": _setting(definition.mode),
         "prompt form": _setting(definition.prompt_form),
@@ -276,16 +262,3 @@ def _margin(definition: Definition) -> str:
 def _score(arm: ArmResult) -> str:
     accuracy = f"{tables.percent(arm.accuracy)} % {tables.interval(arm.low, arm.high)}"
     return f"{accuracy} of {arm.n} questions"
-
-
-def _without_task(row: Row) -> Row:
-    return {key: cell for key, cell in row.items() if key != "task"}
-
-
-def _table(rows: Sequence[Row], titles: Mapping[str, str] | None = None) -> str:
-    """Lay rows out as a Markdown table, first column left, the rest right; "" without rows."""
-    if not rows:
-        return ""
-    head = [(titles or {}).get(key, key) for key in rows[0]]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in x)} |" for x in lines)

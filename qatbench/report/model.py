@@ -21,6 +21,9 @@ CONTROL_METHODS = frozenset({"sft", "kd"})  # trained without quantization
 
 Family = Literal["16-bit", "PTQ", "QAT", "unknown"]
 Setting = tuple[str, ...]  # the distinct values seen; one where all arms agree, none if unknown
+Term = Literal["ce", "kd", "rcka", "gate", "beta"]
+Part = Literal["gate", "kl", "kd", "rcka", "beta", "teacher", "tokens", "distillation", "training"]
+Worth = Literal["helps", "hurts", "does not matter", "undecided"]
 
 
 class WarningCode(StrEnum):
@@ -40,6 +43,7 @@ class WarningCode(StrEnum):
     INTERSECTION = "INTERSECTION"
     CONTROL_IMAGES = "CONTROL_IMAGES"
     METRICS_DISAGREE = "METRICS_DISAGREE"
+    BETA_AT_BOUND = "BETA_AT_BOUND"
 
 
 ADVICE: dict[WarningCode, str] = {
@@ -71,6 +75,8 @@ ADVICE: dict[WarningCode, str] = {
     " whether a model looks, not the benchmark's score",
     WarningCode.METRICS_DISAGREE: "the figures here are recomputed from predictions.jsonl; its"
     " metrics.json says otherwise: run eval or score again",
+    WarningCode.BETA_AT_BOUND: "beta sat at one of its bounds, so it did not adapt: choose a"
+    " budget `target` within the range that the distillation loss travels",
 }
 
 
@@ -103,6 +109,7 @@ class CheckpointFacts(Record):
     samples_seen: int | None = None  # training samples, repeats counted
     device: str | None = None  # where it was made
     notes: tuple[str, ...] = ()
+    leakage: tuple[str, ...] = ()  # what was found out about test questions in its training data
 
 
 class ArmResult(CheckpointFacts):
@@ -176,6 +183,27 @@ class PairResult(Record):
     gained: float | None
 
 
+class Ablation(Record):
+    """What one part of GRACE is worth: an arm that has it against one that only lacks it.
+
+    Below the parts of the method stand all of distillation together (grace against qat) and
+    training on the grid (qat against the best PTQ arm), both on the grid of `full`.
+    """
+
+    part: Part
+    without: str | None  # how it was left out, where that needs saying, e.g. "fixed at 0.5"
+    full: str  # the arm with nothing switched off
+    grid: str
+    pair: PairResult  # with the part minus without it, on the seeds that both have
+    shared_p: bool  # p_holm is that of `pairs` or `contests`, where this very pair stands too
+    verdict: Worth
+    variance: float  # of the questions' differences, correctness averaged over seeds
+    n_to_decide: int  # questions for 80 % power to settle it if the difference is the one seen
+    cost: float | None  # making without the part over making `full`; None if not comparable
+    differing: tuple[str, ...] = ()  # settings beside the part; of parts of the method, only beta's
+    # budget where the part changes the scale of the loss that it is about
+
+
 class Definition(Record):
     """What was measured, so that another can measure the same."""
 
@@ -199,6 +227,7 @@ class Definition(Record):
     bootstrap_draws: int
     bootstrap_seed: int
     family_size: int  # pairs that share the Holm adjustment
+    ablation_family: int = 0  # ablations that share another; those with `shared_p` are not counted
     recipe: str | None
 
 
@@ -210,6 +239,8 @@ class TaskComparison(Record):
     pairs: tuple[PairResult, ...]  # every other arm against the baseline
     contests: tuple[PairResult, ...]  # a grid each: best QAT against best PTQ on these questions
     warnings: tuple[ReportWarning, ...]
+    ablations: tuple[Ablation, ...] = ()  # grid by grid
+    not_ablated: tuple[str, ...] = ()  # grace arms that are no such pair, and why
 
     def arm(self, name: str) -> ArmResult:
         """Find the arm of that name; KeyError if there is none."""
@@ -237,12 +268,22 @@ class Stretch(Record):
     beta: float | None
 
 
+class Curve(Record):
+    """One term at each of its course's points, to 5 significant digits; None where it was off."""
+
+    mean: tuple[float | None, ...]  # over the neighbouring steps of a point and over seeds
+    low: tuple[float | None, ...] = ()  # lowest seed's mean, and highest; () with one seed
+    high: tuple[float | None, ...] = ()
+
+
 class Course(Record):
     """How one arm's training went."""
 
     arm: str
     seeds: tuple[int, ...]
     stretches: tuple[Stretch, ...]
+    points: tuple[float, ...] = ()  # mean step of each point of the curves; at most 60
+    curves: dict[Term, Curve] = Field(default_factory=dict)  # of the terms that were on
     beta_range: tuple[float, float] | None = None  # lowest and highest beta of any step and seed
     beta_at_bound: float | None = None  # share of all steps at the controller's low or high
 

@@ -6,12 +6,23 @@ order. "-" stands for what was not recorded. Accuracies are percent, differences
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from qatbench.report.model import ArmResult, Comparison, Course, PairResult, TaskComparison
+from qatbench.report.model import Ablation, ArmResult, Comparison, PairResult, Part, TaskComparison
 
 Row = dict[str, str]
 UNKNOWN = "-"
+PARTS: dict[Part, str] = {
+    "gate": "confidence gate",
+    "kl": "decoupled KL with its gate",
+    "kd": "distillation of tokens",
+    "rcka": "RCKA",
+    "beta": "adaptive beta",
+    "teacher": "teacher",
+    "tokens": "choice of distilled tokens",
+    "distillation": "all of distillation (grace over qat)",
+    "training": "training on the grid (qat over the best PTQ)",
+}
 
 
 def arm_rows(comparison: Comparison) -> list[Row]:
@@ -87,25 +98,28 @@ def cost_rows(task: TaskComparison) -> list[Row]:
     ]
 
 
-def course_rows(courses: Sequence[Course]) -> list[Row]:
-    """A row a stretch of each training."""
+def ablation_rows(comparison: Comparison) -> list[Row]:
+    """One row an ablation and task."""
     return [
-        {
-            "arm": course.arm if stretch is course.stretches[0] else "",
-            "steps": f"{stretch.first}-{stretch.last}",
-            "CE": f"{stretch.ce:.3f}",
-            "KD": _figure(stretch.kd),
-            "RCKA": _figure(stretch.rcka),
-            "gate": _figure(stretch.gate),
-            "beta": _figure(stretch.beta),
-        }
-        for course in courses
-        for stretch in course.stretches
+        {"task": task.definition.task, **_ablation_row(task, ablation)}
+        for task in comparison.tasks
+        for ablation in task.ablations
     ]
 
 
-def _figure(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value:.3f}"
+def markdown_table(rows: Sequence[Row], titles: Mapping[str, str] | None = None) -> str:
+    """Lay rows out as a Markdown table, first column left, the rest right; "" without rows."""
+    if not rows:
+        return ""
+    head = [(titles or {}).get(key, key) for key in rows[0]]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in x)} |" for x in lines)
+
+
+def of_task(rows: Sequence[Row], task: str) -> list[Row]:
+    """Rows of one task, without its name."""
+    mine = [row for row in rows if row["task"] == task]
+    return [{key: cell for key, cell in row.items() if key != "task"} for row in mine]
 
 
 def percent(fraction: float) -> str:
@@ -180,6 +194,37 @@ def _pair_row(pair: PairResult) -> Row:
         "flips": _flips(pair.lost, pair.gained),
         "by seed": "; ".join(_seed_pairs(pair)) or UNKNOWN,
     }
+
+
+def _ablation_row(task: TaskComparison, ablation: Ablation) -> Row:
+    pair = ablation.pair
+    without = f" ({ablation.without})" if ablation.without else ""
+    return {
+        "part": PARTS[ablation.part] + without,
+        "grid": ablation.grid,
+        "pair": f"{pair.arm} - {pair.reference}",
+        "diff": difference(pair),
+        "p": p_value(pair.p),
+        "p Holm": p_value(pair.p_holm),
+        "by seed": ", ".join(_seed_differences(task, pair)) or UNKNOWN,
+        "verdict": _worth(task, ablation),
+        "cost": UNKNOWN if ablation.cost is None else f"{ablation.cost:.2f}",
+    }
+
+
+def _worth(task: TaskComparison, ablation: Ablation) -> str:
+    if ablation.verdict != "undecided":
+        return ablation.verdict
+    asked, wanted = task.definition.n, ablation.n_to_decide
+    return f"cannot be told apart with n = {asked}; would need about {wanted} questions"
+
+
+def _seed_differences(task: TaskComparison, pair: PairResult) -> Iterator[str]:
+    """Each seed's difference; where the arm has but one seed, the reference's seeds tell apart."""
+    alone = len({seed.seed for seed in pair.seed_pairs}) == 1
+    for seed in pair.seed_pairs:
+        name = seed.reference_seed if alone else seed.seed
+        yield f"{name}: {points((seed.gained - seed.lost) / task.definition.n)}"
 
 
 def _seed_pairs(pair: PairResult) -> Iterator[str]:

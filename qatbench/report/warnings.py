@@ -8,6 +8,7 @@ from qatbench.report.model import (
     CONTROL_METHODS,
     QAT_METHODS,
     ArmResult,
+    Course,
     Definition,
     PairResult,
     ReportWarning,
@@ -15,12 +16,15 @@ from qatbench.report.model import (
     WarningCode,
 )
 
+_MOST_STEPS = 0.5  # share of the steps at a bound above which beta did not adapt
+
 
 def warnings_of(
     definition: Definition,
     arms: tuple[ArmResult, ...],
     pairs: tuple[PairResult, ...],
     disagree: tuple[str, ...] = (),
+    training: tuple[Course, ...] = (),
 ) -> tuple[ReportWarning, ...]:
     """Collect them, in the order of WarningCode; `disagree`: arms unlike their metrics.json."""
     found = [
@@ -35,6 +39,14 @@ def warnings_of(
             },
         ),
         _about(WarningCode.METRICS_DISAGREE, dict.fromkeys(disagree, "")),
+        _about(
+            WarningCode.BETA_AT_BOUND,
+            {
+                course.arm: f"{course.arm}: {course.beta_at_bound:.0%} of the steps"
+                for course in training
+                if course.beta_at_bound is not None and course.beta_at_bound > _MOST_STEPS
+            },
+        ),
     ]
     order = list(WarningCode)
     return tuple(sorted(filter(None, found), key=lambda warning: order.index(warning.code)))

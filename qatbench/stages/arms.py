@@ -54,8 +54,8 @@ class Arm(NamedTuple):
         for field in CheckpointFacts.model_fields:
             values = [getattr(run.facts, field) for run in self.runs]
             known = [value for value in values if value is not None]
-            if field == "notes":
-                merged[field] = tuple(dict.fromkeys(note for notes in known for note in notes))
+            if field in ("notes", "leakage"):
+                merged[field] = tuple(dict.fromkeys(line for lines in known for line in lines))
             elif known:
                 mean = field.endswith("_seconds")
                 merged[field] = sum(known) / len(known) if mean else known[0]
@@ -148,8 +148,11 @@ def _load_run(seed: int, folder: Path) -> Run:
                 hint=f"one of the two is stale: evaluate {folder} again",
             )
     provenance = _read_provenance(folder / PROVENANCE)
-    facts = _facts(provenance, folder / PROVENANCE)
     checkpoint = _read_provenance(folder / CHECKPOINT)
+    facts = _facts(section(section(provenance, "inputs"), "model"), folder / PROVENANCE)
+    leakage = {"leakage": section(checkpoint, "figures").get("leakage")}
+    found = _facts(leakage, folder / CHECKPOINT).leakage
+    facts = facts.model_copy(update={"leakage": found or facts.leakage})
     return Run(seed, folder, units, by_task, provenance, checkpoint, facts)
 
 
@@ -217,8 +220,7 @@ def _read_provenance(path: Path) -> dict[str, Any]:
     return content
 
 
-def _facts(provenance: dict[str, Any], path: Path) -> CheckpointFacts:
-    card = section(section(provenance, "inputs"), "model")
+def _facts(card: dict[str, Any], path: Path) -> CheckpointFacts:
     stated = {key: card[key] for key in CheckpointFacts.model_fields if card.get(key) is not None}
     try:
         return CheckpointFacts.model_validate(stated)

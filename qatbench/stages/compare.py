@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
@@ -15,21 +16,27 @@ from typing import Any, NamedTuple
 
 from qatbench import stats
 from qatbench.records import Prediction
+from qatbench.report.figures import TRAINING_FIGURE, figures
 from qatbench.report.markdown import render
 from qatbench.report.model import (
     ArmResult,
     Comparison,
+    Course,
     Definition,
     PairResult,
     Setting,
     TaskComparison,
 )
-from qatbench.report.tables import arm_rows, pair_rows
+from qatbench.report.tables import ablation_rows, arm_rows, pair_rows
 from qatbench.report.warnings import warnings_of
+from qatbench.stages.ablations import settled, with_ablations
 from qatbench.stages.arms import Arm, Run, Sheet, line_up, load_arms, right_of, section
 from qatbench.stages.courses import courses
-from qatbench.stages.paired import LEVEL, pair_result, wilson_of_mean
+from qatbench.stages.paired import LEVEL, Scores, pair_result, wilson_of_mean
 from qatbench.store import write_text
+
+ARMS_TABLE, PAIRS_TABLE = "tables/arms.csv", "tables/pairs.csv"
+ABLATIONS_TABLE = "tables/ablations.csv"
 
 
 class _Settings(NamedTuple):
@@ -72,39 +79,55 @@ def compare(
     reference = arms[list(folders).index(baseline.resolve())].name
     settings = _Settings(margin, intersection, draws, seed)
     sheets = line_up(arms, intersection=intersection)
-    tasks = [_compare_task(arms, sheet, reference, settings) for sheet in sheets]
-    return Comparison(baseline=reference, tasks=_adjusted(tasks), training=courses(arms))
+    training = courses(arms)
+    tasks = [_compare_task(arms, sheet, reference, settings, training) for sheet in sheets]
+    return Comparison(baseline=reference, tasks=settled(_adjusted(tasks)), training=training)
 
 
 def write(comparison: Comparison, out: Path) -> tuple[Path, ...]:
-    """Write tables/arms.csv, tables/pairs.csv, comparison.json and, last, report.md.
+    """Write the tables, the figures, comparison.json and, last, report.md.
 
-    Each file is replaced whole or not at all. Returns: their paths, in that order.
+    Each file is replaced whole or not at all; a table or figure that this comparison does not have
+    is removed. Returns: the paths written, in that order.
     """
-    texts = {
-        out / "tables" / "arms.csv": _csv(arm_rows(comparison)),
-        out / "tables" / "pairs.csv": _csv(pair_rows(comparison)),
-        out / "comparison.json": comparison.model_dump_json(indent=1) + "\n",
-        out / "report.md": render(comparison),
+    rows = {
+        ARMS_TABLE: arm_rows(comparison),
+        PAIRS_TABLE: pair_rows(comparison),
+        ABLATIONS_TABLE: ablation_rows(comparison),
     }
-    for path, text in texts.items():
-        write_text(path, text)
-    return tuple(texts)
+    texts = {name: _csv(some) for name, some in rows.items() if some or name != ABLATIONS_TABLE}
+    texts |= figures(comparison)
+    for name in {ABLATIONS_TABLE, TRAINING_FIGURE} - texts.keys():
+        (out / name).unlink(missing_ok=True)
+    texts["comparison.json"] = _numbers_in_a_line(comparison.model_dump_json(indent=1)) + "\n"
+    texts["report.md"] = render(comparison)
+    for name, text in texts.items():
+        write_text(out / name, text)
+    return tuple(out / name for name in texts)
+
+
+def _numbers_in_a_line(text: str) -> str:
+    """Indented JSON with each list of numbers on one line: a curve has up to 60."""
+    numbers = r"\[\n([-+0-9.eE,\snul]+)\n\s*\]"  # a raw line break is in no JSON string
+    return re.sub(numbers, lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 def _compare_task(
-    arms: list[Arm], sheet: Sheet, baseline: str, settings: _Settings
+    arms: list[Arm],
+    sheet: Sheet,
+    baseline: str,
+    settings: _Settings,
+    training: tuple[Course, ...],
 ) -> TaskComparison:
-    """Everything about one task but the Holm adjustment, which needs all tasks."""
+    """Everything about one task but the Holm adjustments, which need all tasks."""
+
+    def scored(arm: Scores, reference: Scores) -> PairResult:
+        return pair_result(
+            arm, reference, margin=settings.margin, draws=settings.draws, seed=settings.seed
+        )
 
     def against(arm: str, reference: str) -> PairResult:
-        return pair_result(
-            sheet.scores[arm],
-            sheet.scores[reference],
-            margin=settings.margin,
-            draws=settings.draws,
-            seed=settings.seed,
-        )
+        return scored(sheet.scores[arm], sheet.scores[reference])
 
     block = TaskComparison(
         definition=_definition(arms, sheet, settings),
@@ -117,8 +140,9 @@ def _compare_task(
     rivals = [(block.best("QAT", grid), block.best("PTQ", grid)) for grid in grids]
     contests = tuple(against(qat.name, ptq.name) for qat, ptq in rivals if qat and ptq)
     disagree = tuple(arm.name for arm in arms if _metrics_disagree(arm, sheet.task))
-    warnings = warnings_of(block.definition, block.arms, block.pairs, disagree)
-    return block.model_copy(update={"contests": contests, "warnings": warnings})
+    warnings = warnings_of(block.definition, block.arms, block.pairs, disagree, training)
+    block = block.model_copy(update={"contests": contests, "warnings": warnings})
+    return with_ablations(block, arms, training, sheet.scores, scored)
 
 
 def _adjusted(tasks: list[TaskComparison]) -> tuple[TaskComparison, ...]:

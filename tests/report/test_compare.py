@@ -14,7 +14,9 @@ import pytest
 from run_folders import TASK, damage, lost_two_gained_three, pattern, predictions, write_run
 
 from qatbench import stats
+from qatbench.errors import ArtifactError
 from qatbench.records import Prediction
+from qatbench.report.markdown import render
 from qatbench.report.model import Comparison, WarningCode
 from qatbench.report.tables import arm_rows, pair_rows
 from qatbench.stages.compare import compare, write
@@ -285,6 +287,20 @@ def test_written_files_read_back(pair: tuple[Path, Path], tmp_path: Path) -> Non
     first = {path: path.read_bytes() for path in paths}
     write(compare([pair[1]], pair[0], draws=100), out)
     assert {path: path.read_bytes() for path in paths} == first  # same runs, same bytes
+
+
+def test_what_was_found_of_leakage_is_told(pair: tuple[Path, Path]) -> None:
+    base, arm = pair
+    told = ["2 of 10 test questions are in scienceqa:train", "none by image"]
+    damage(arm, "checkpoint.json", json.dumps({"figures": {"leakage": told}}))
+    result = compare([arm], base, draws=100)
+    assert result.tasks[0].arm("gptq").leakage == tuple(told)
+    text = render(result)
+    assert f"- `gptq`: {told[0]}\n- `gptq`: {told[1]}\n" in text
+    assert "- leakage: searched for, see Notes: `gptq`\n" in text.split("### Definition")[1]
+    damage(arm, "checkpoint.json", json.dumps({"figures": {"leakage": 2}}))
+    with pytest.raises(ArtifactError, match=r"checkpoint\.json is damaged: leakage"):
+        compare([arm], base, draws=100)
 
 
 def test_json_holds_no_nan(pair: tuple[Path, Path]) -> None:

@@ -11,6 +11,7 @@ from run_folders import pattern, predictions, write_run
 
 from qatbench.errors import ArtifactError
 from qatbench.report.markdown import render
+from qatbench.report.model import WarningCode
 from qatbench.stages.compare import compare
 
 SPEC = {"method": "grace", "controller": {"low": 0.1, "high": 1.0, "rate": 0.01}}
@@ -64,6 +65,30 @@ def test_the_report_shows_it(base: Path, grace: Path) -> None:
     assert "## Training" in text
     assert "between 0.3 and 1 and lay at one of its bounds in 10 % of the steps" in text
     assert "## Training" not in render(compare([base], base))
+
+
+def test_beta_at_a_bound_for_most_of_the_steps_is_warned_of(base: Path, grace: Path) -> None:
+    def warned() -> list[tuple[tuple[str, ...], str]]:
+        found = compare([grace], base).tasks[0].warnings
+        return [(w.arms, w.detail) for w in found if w.code is WarningCode.BETA_AT_BOUND]
+
+    assert warned() == []
+    for seed in (0, 1):
+        trained(grace / f"seed-{seed}", [0.5, 1.0])
+    assert warned() == []  # half is not most
+    trained(grace / "seed-1", [0.1, 0.1])
+    assert warned() == [(("grace",), "grace: 75% of the steps")]
+    assert "the range that the distillation loss travels" in render(compare([grace], base))
+
+
+def test_the_table_tells_beginning_middle_and_end(base: Path, grace: Path) -> None:
+    text = render(compare([grace], base)).split("## Training")[1]
+    steps = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| ")]
+    assert steps == ["steps", "---:", "1-2", "5-6", "9-10"]
+    assert "| arm | steps | CE | KD | RCKA | gate | beta |" in text
+    for seed in (0, 1):
+        trained(grace / f"seed-{seed}", [0.5, 0.5], rcka=None)
+    assert "| arm | steps | CE | KD | gate | beta |" in render(compare([grace], base))
 
 
 def test_terms_that_were_off_are_not_recorded(base: Path, grace: Path) -> None:

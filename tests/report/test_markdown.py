@@ -12,12 +12,16 @@ from rich.table import Table
 from qatbench.report.markdown import render, verdict
 from qatbench.report.model import (
     ADVICE,
+    Ablation,
     ArmResult,
     Comparison,
+    Course,
+    Curve,
     Definition,
     PairResult,
     ReportWarning,
     SeedPair,
+    Stretch,
     TaskComparison,
     WarningCode,
 )
@@ -118,13 +122,44 @@ def comparison(contest: PairResult | None = None, *arms: ArmResult, **changes: A
     return Comparison(baseline="base", tasks=(task,))
 
 
+def with_parts(result: Comparison) -> Comparison:
+    """Add what a report holds of ablations and of training."""
+    unsure = {"low": -0.002, "high": 0.017, "p": 0.12, "p_holm": 0.24, "verdict": "undecided"}
+    gate, beta = (
+        pair(GRACE, arm(name, (0.697,)), difference=0.0075, **unsure)
+        for name in ("grace-nogate", "grace-fixed")
+    )
+    facts = {"full": "grace", "grid": GRACE.grid, "variance": 0.08, "n_to_decide": 11_700}
+    told = [
+        {"part": "gate", "without": None, "pair": gate, "verdict": "undecided", "cost": 0.97},
+        {"part": "beta", "without": "beta fixed at 0.5", "pair": beta, "verdict": "does not matter",
+         "cost": None},
+        {"part": "training", "without": None, "pair": pair(GRACE, GPTQ), "verdict": "helps",
+         "cost": 0.122, "shared_p": True, "differing": ("lr 0.0001 / 0.0002",)},
+    ]  # fmt: skip
+    rows = [Ablation.model_validate({"shared_p": False, **facts, **row}) for row in told]
+    (task,) = result.tasks
+    added = {"ablations": tuple(rows), "not_ablated": ("`grace-odd` differs in two parts",)}
+    counted = task.definition.model_copy(update={"ablation_family": 2})
+    task = task.model_copy(update={"definition": counted, **added})
+    stretches = [
+        Stretch(first=40 * k + 1, last=40 * k + 40, ce=1.5 - k / 5, kd=4 - k / 2, rcka=None,
+                gate=0.9, beta=0.5 + k / 8) for k in range(5)
+    ]  # fmt: skip
+    course = Course(
+        arm="grace", seeds=(0, 1), stretches=tuple(stretches), beta_range=(0.5, 1.0),
+        beta_at_bound=0.2, points=(1, 2), curves={"ce": Curve(mean=(1.5, 0.7))},
+    )  # fmt: skip
+    return result.model_copy(update={"tasks": (task,), "training": (course,)})
+
+
 def words(result: Comparison) -> str:
     return verdict(result.tasks[0], result.baseline)
 
 
 def test_report_is_the_golden_one() -> None:
     """QATBENCH_GOLDEN=write makes it anew; say why in the commit."""
-    text = render(comparison(pair(GRACE, GPTQ)))
+    text = render(with_parts(comparison(pair(GRACE, GPTQ))))
     if os.environ.get("QATBENCH_GOLDEN") == "write":
         GOLDEN.write_text(text, encoding="utf-8")
     assert text == GOLDEN.read_text(encoding="utf-8")

@@ -50,6 +50,16 @@ def test_figures_of_the_drawn_benchmark_are_those_of_the_committed_report() -> N
     assert contests["2"]["p_holm"] < 0.001 < 0.05 < contests["3"]["p_holm"]
 
 
+def test_written_answers_are_those_of_the_committed_report() -> None:
+    tables = ROOT / "results" / "mini-written" / "tables" / "arms.csv"
+    if not tables.is_file():
+        pytest.skip("results/mini-written is not in this copy")
+    with tables.open(newline="") as stream:
+        rows = {r["arm"]: r["acc %"] for r in csv.DictReader(stream) if r["task"] == "scienceqa"}
+    told = f"{rows['base']} at 16 bits, RTN {rows['rtn']}, AWQ {rows['awq']}, GRACE {rows['grace']}"
+    assert told in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_page_of_the_built_in_models_is_made_from_their_metrics() -> None:
     folder = ROOT / "results" / "mini-pretraining"
     if not (folder / "README.md").is_file():
