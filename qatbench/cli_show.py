@@ -11,11 +11,14 @@ from qatbench.ui import Ui, table
 def checkpoint_result(ui: Ui, record: dict[str, Any], out: Path) -> None:
     """Show what quantize or train-qat made."""
     figures = record["figures"]
+    proven = {
+        kind: figures["reload"][kind] for kind in ("text", "image") if kind in figures["reload"]
+    }
     shown = {
         "checkpoint": str(out),
         "method": str(figures["method"]),
         "bits/weight": f"{figures['bits_per_weight']:.2f}",
-        "reload error": str(figures["reload"]["text"]),
+        "reload error": str(max(proven.values())),
         "seconds": f"{record['seconds']:.0f}",
     }
     extra = []
@@ -28,7 +31,8 @@ def checkpoint_result(ui: Ui, record: dict[str, Any], out: Path) -> None:
         if layers["above_rtn"]:
             extra.append(f"not below in {layers['above_rtn']}: {layers['reason']}")
     ui.result(figures | {"out": str(out)}, [table("checkpoint", [shown]), *extra])
-    ui.next_command(f"qatbench eval {out} --task scienceqa:test:text --out RUN")
+    subset = "" if "image" in proven else ":text"
+    ui.next_command(f"qatbench eval {out} --task scienceqa:test{subset} --out RUN")
 
 
 def dry_run_result(ui: Ui, found: dict[str, Any]) -> None:

@@ -219,6 +219,10 @@ def calibration_batches(
         prompt = encoder.prompt(chosen.prompt(question), question.image)
         answer = encoder.answer(prompt, chosen.continuation(question, question.gold))
         inputs = prompt.inputs(answer)
+        if prompt.places is not None:
+            # The library keeps a list of positions, which must not miss those of some samples:
+            # left to itself, Qwen3-VL hands some down with text only and none with an image.
+            inputs["position_ids"] = prompt.positions(len(answer))[:, None]
         batches.append(inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])})
     return batches
 

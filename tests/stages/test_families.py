@@ -136,6 +136,28 @@ def test_a_flat_config_as_published_is_exported_and_reloaded(
     assert again.lm_head.weight is again.model.language_model.embed_tokens.weight
 
 
+CALIBRATED = [(family, "gptq") for family in NEW] + [
+    (family, "awq") for family in ("qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl")
+]
+
+
+@pytest.mark.parametrize(("family", "method"), CALIBRATED)
+def test_the_library_calibrates_with_text_and_images_of_several_sizes(
+    family: str, method: str, source: Source, data: dict[str, str], tmp_path: Path
+) -> None:
+    folder = source(family)
+    part = "text" if family in tiny.QWEN_TEXT else "llava"  # all training questions, or text only
+    record = stage.quantize(
+        folder, tiny.settings(part, method), data, tmp_path, resume=False, progress=silent
+    )
+    proof = record["figures"]["reload"]
+    kinds = ["text", "image"] if folder.arch.is_vlm else ["text"]
+    assert all(proof[kind] < 0.01 for kind in kinds), proof
+    layers = record["figures"]["layers"]
+    assert layers["above_rtn"] == []  # the point of calibrating: a lower output error
+    assert len(layers["rtn"]) == tiny.LAYERS
+
+
 # --- training -----------------------------------------------------------------------------------
 
 SETTINGS: dict[str, Any] = {
