@@ -58,6 +58,7 @@ def solve(
     if not batches:
         raise PrerequisiteError("no calibration samples", hint="--calib TASK:SPLIT")
     found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    path = path.resolve()  # before the current folder changes
     layers = names[0].partition(".0.")[0] + "."
 
     def take(name: str, q_scales: Tensor, q_zeros: Tensor, layers: Any, **_: Any) -> str:
@@ -66,7 +67,7 @@ def solve(
         return "handed over"
 
     with _elsewhere(), quiet(), _hand_over(take), _failing_softly():
-        model = _load(method, path.resolve(), grid, device, dtype)
+        model = _load(method, path, grid, device, dtype)
         model.prepare_dataset = lambda *args, **kwargs: [dict(batch) for batch in batches]
         model.awq_input_feature_aggregation = awq.token_policy
         # The kernel named here is only validated, never made: the plain one takes all widths.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -185,6 +186,18 @@ def test_gptq_beats_rtn_on_its_calibration_data(family: str, make: Make) -> None
     layers = make(family, "gptq", 4).record["figures"]["layers"]
     assert layers["above_rtn"] == []
     assert all(m < 0.8 * r for m, r in zip(layers["method"], layers["rtn"], strict=True))
+
+
+def test_a_model_may_be_named_relative_to_the_current_folder(
+    models: dict[str, ModelFolder], data: dict[str, str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As arms of a recipe are, which quantize what another arm trained: `of:`."""
+    shutil.copytree(models["text"].path, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    chosen = settings("text", "gptq")
+    record = quantize(find("model"), chosen, data, Path("out"), resume=False, progress=silent)
+    assert record["figures"]["reload"]["text"] < 0.01
 
 
 def test_fewer_bits_lose_more(make: Make) -> None:
