@@ -24,7 +24,7 @@ from qatbench.recipe_file import load_recipe
 from qatbench.records import Prediction
 from qatbench.stages.evaluate import answer_all
 from qatbench.stages.plan import Plan, Unit
-from qatbench.stages.run import request_of
+from qatbench.stages.run import make_checkpoint, request_of
 from qatbench.stages.train import TrainingRun
 from qatbench.vlm import load as models
 from qatbench.vlm.load import Loaded
@@ -38,10 +38,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--device")
+    parser.add_argument("--data", action="append", default=[], help="TASK=PATH")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    plan = Plan(load_recipe(given.recipe), given.out, paths={}, limit=given.limit,
-                device=models.pick_device(given.device))  # fmt: skip
+    paths = dict(item.split("=", 1) for item in given.data)
+    device = models.pick_device(given.device)
+    recipe = load_recipe(given.recipe)
+    plan = Plan(recipe, given.out, paths=paths, limit=given.limit, device=device)
     unit = plan.unit(given.arm, given.seed)
     figures = compare(plan, unit, given.out / f"work-{given.arm}")
     store.write_json(given.out / f"packed-{given.arm}.json", figures)
@@ -53,6 +56,9 @@ def compare(plan: Plan, unit: Unit, work: Path) -> dict[str, Any]:
     shutil.rmtree(work, ignore_errors=True)
     checkpoint = work / "checkpoint"
     checkpoint.mkdir(parents=True)
+    for other in (unit.source, unit.teacher, unit.init):
+        if isinstance(other, Unit):
+            make_checkpoint(plan, other, lambda *a: None, 50)
     run = TrainingRun(request_of(plan, unit, save_every=10**9), str(plan.device), checkpoint)
     run.fit(lambda *a: None)
     run.student.model.eval()

@@ -216,7 +216,8 @@ class Step:
         )
         for model in filter(None, (student, teacher) if blocks else ()):
             for block in model.get_submodule(arch.layers):
-                block.compile()
+                for part in block.children():  # inside the checkpoint: its graph may break
+                    part.compile()
         self.student, self.teacher = student, teacher
         named = student.named_parameters()
         self.parameters = {name: p for name, p in named if p.requires_grad}

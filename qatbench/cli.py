@@ -198,7 +198,7 @@ def run_command(
     if not resume:
         raise UsageError("run always goes on where it stopped", hint="delete its results folder")
     checked = load_recipe(recipe, check_grid, check_name)
-    tasks = sorted({selector.parse(text).task for text in checked.data.eval})
+    tasks = sorted({selector.parse(text).task for text in checked.data.questions})
     paths = data_paths(data, tasks)
     if dry_run:
         from qatbench.stages.dry_run import dry_run as look

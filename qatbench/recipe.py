@@ -60,6 +60,12 @@ class DataSpec(_Section):
     def _one_or_many(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
 
+    @property
+    def questions(self) -> list[str]:
+        """Every TASK:SPLIT that is named."""
+        named = [*self.eval, *(source.questions for source in self.train), self.calibration]
+        return [text for text in named if text]
+
     @field_validator("train", mode="before")
     @classmethod
     def _one_source(cls, value: object) -> object:

@@ -12,6 +12,7 @@ import importlib
 import io
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -130,6 +131,19 @@ def _library() -> Any:
 def prepare_import() -> None:
     """Size the library's worker pool, which fails on few cores unless told; before its import."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
+
+
+def forget_failed_imports() -> None:
+    """Let go of what the library's failed imports of optional parts hold on to.
+
+    It keeps the exceptions, and their tracebacks keep every frame that led to its import: the
+    caller's model and optimizer would never be freed.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("gptqmodel"):
+            for value in list(vars(module).values()):
+                if isinstance(value, BaseException):
+                    value.__traceback__ = value.__context__ = None
 
 
 @contextlib.contextmanager

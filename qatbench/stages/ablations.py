@@ -135,7 +135,7 @@ def n_to_decide(
         while variance > 0 and power(needed) < _POWER:
             needed *= 1.001
         choices.append(needed)
-    return math.ceil(min(choices) - 1e-9)  # 1e-9: rounding adds no question
+    return max(1, math.ceil(min(choices) - 1e-9))  # 1e-9: rounding adds no question
 
 
 def _rows(task: TaskComparison, arms: Sequence[Arm], found: Found) -> Iterator[_Row]:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from qatbench.grace.losses import (
-    MIN_CKA_TOKENS,
     cross_entropy_sum,
     gated_decoupled_kd_sums,
     plain_kd_sum,
@@ -124,7 +123,7 @@ def accumulate(
         [
             float(sum(len(b.target) for b in batches)),
             _distilled_weight(taught, distillation),
-            float(sum(len(w) >= MIN_CKA_TOKENS for b in batches for w in b.images)),
+            float(sum(relational_cka(t, t) is not None for k in taught if k for t in k.images)),
         ]
     )
     ce = kd = rcka = 0.0

@@ -107,6 +107,8 @@ class TrainingRun:
         self.request, self.settings, self.out = request, request.settings, out
         self.device, self.world = torch.device(device), world
         self.dtype = self._dtype(device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         torch.manual_seed(self.settings.seed)
         made = prepare(
             self.settings, request.student, request.init, device,
@@ -162,13 +164,16 @@ class TrainingRun:
         """Run the remaining steps, saving the state now and then."""
         states = self.out / "state"
         step, before = train_state.restore(states, self.parameters, self.optimizer, self.controller)
+        self.seconds = before
         log: train_state.StepLog | train_state.Silent = train_state.Silent()
         if self.world.main:
             log = train_state.StepLog(self.out / "train.jsonl", step)
+            self.saw_images = log.saw_images
+            self.data.skipped |= log.skipped
         started = time.monotonic()
         try:
             for number in range(step, self.settings.steps):
-                log.write(self._step(number))
+                log.write(self.step(number))
                 self.seconds = before + time.monotonic() - started
                 progress(f"Training {self.settings.method}", number + 1, self.settings.steps)
                 if (number + 1) % self.request.save_every == 0:
@@ -179,17 +184,21 @@ class TrainingRun:
         except torch.OutOfMemoryError as error:
             raise PrerequisiteError(
                 f"out of GPU memory at step {number + 1}",
-                hint="lower --micro-batch-size (training.micro_batch_size) and resume",
+                hint="resume with --checkpointing (training.checkpointing: true); a lower"
+                " --micro-batch-size (training.micro_batch_size) is another run",
             ) from error
         finally:
             log.close()
 
-    def _step(self, number: int) -> dict[str, Any]:
+    def step(self, number: int) -> dict[str, Any]:
+        """Optimizer step `number`, from 0; returns its line of train.jsonl."""
         settings = self.settings
         factor = schedule(number, settings.steps, settings.warmup)
         rates = {"weights": settings.lr * factor, "scales": settings.scale_lr * factor}
         optimizers.set_rates(self.optimizer, rates)
+        known = dict(self.data.skipped)
         rows = self.world.share(self.data.step(number, settings.batch_size))
+        skipped = {key: why for key, why in self.data.skipped.items() if key not in known}
         pixels = torch.bfloat16 if settings.weights == "bfloat16" else torch.float32
         batches = [
             self.data.collate(rows[i : i + settings.micro_batch_size], self.device, pixels)
@@ -223,6 +232,7 @@ class TrainingRun:
             "lr": settings.lr * factor,
             "scale_lr": settings.scale_lr * factor if settings.method in QUANTIZED else None,
             "grad_norm": float(norm),
+            **({"skipped": skipped} if skipped else {}),
         }
 
     def _terms(self) -> Distillation:
@@ -271,6 +281,7 @@ class TrainingRun:
             "making_seconds": round(self.seconds, 3),
             "samples_seen": settings.steps * settings.batch_size,
             "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
             "notes": told,
         }
         if settings.method in QUANTIZED:

@@ -86,8 +86,10 @@ class TrainSettings:
         _drop(spec, LATER)
         _drop(spec["distillation"], LATER_DISTILLATION)
         if self.method not in QUANTIZED:
-            for key in ("bits", "group_size", "scale_lr"):
-                del spec[key]
+            for key in ("bits", "group_size", "scale_lr", "scale_gradient"):
+                spec.pop(key, None)
+            if self.projector == "quantized":  # there is no grid: it is trained
+                spec.pop("projector", None)
         if self.method not in TAUGHT:
             del spec["distillation"]
         if self.method != "grace":

@@ -113,6 +113,8 @@ class StepLog:
 
     def __init__(self, path: Path, step: int) -> None:
         kept = []
+        self.saw_images = False
+        self.skipped: dict[str, str] = {}  # samples that could not be used, and why
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
@@ -122,6 +124,8 @@ class StepLog:
                 if record["step"] > step:
                     break
                 kept.append(line)
+                self.saw_images |= bool(record.get("images"))
+                self.skipped |= record.get("skipped", {})
         if len(kept) < step:
             raise ArtifactError(f"{path} ends at step {len(kept)}, the saved state at {step}")
         store.write_text(path, "".join(line + "\n" for line in kept))

@@ -180,9 +180,11 @@ class _Bench:
         arm = self.recipe.arms[name].model_copy(update={"training": {}, "controller": None})
         settings = train_settings(self.recipe, arm, self.recipe.seed, **candidate)
         teacher = self._teacher(self.recipe.teacher_of(arm), fold)
+        how = self.recipe.training_of(arm)
         return TrainRequest(
-            settings, self.student, teacher, self._others(fold), self.device, settings.steps + 1
-        )
+            settings, self.student, teacher, self._others(fold), self.device, settings.steps + 1,
+            teacher_dtype=how.teacher_dtype, checkpointing=how.checkpointing,
+        )  # fmt: skip
 
     def _others(self, fold: int) -> list[Question]:
         return [q for i, part in enumerate(self.parts) if i != fold for q in part]

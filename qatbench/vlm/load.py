@@ -23,7 +23,7 @@ from torch import nn
 
 from qatbench import store
 from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
-from qatbench.quant.backends import prepare_import, quiet
+from qatbench.quant.backends import forget_failed_imports, prepare_import, quiet
 from qatbench.vlm import builtin
 from qatbench.vlm.layout import Architecture, architecture
 from qatbench.vlm.packed import dequantized_state
@@ -209,6 +209,7 @@ def _load_plain(folder: ModelFolder, dtype: torch.dtype, device: str) -> tuple[A
             output_loading_info=True,
             **extra,
         )
+    forget_failed_imports()
     return model, info
 
 

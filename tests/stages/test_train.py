@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -376,3 +379,64 @@ def test_a_grid_that_does_not_divide_names_the_layer(
     with pytest.raises(UsageError, match=r"group_size 48 .* model\.layers\.0\.self_attn\.q_proj"):
         train(request(text_model, data, settings), tmp_path / "x", resume=False, progress=quiet)
     assert not (tmp_path / "x").exists()
+
+
+def test_a_run_that_was_cut_before_its_export_tells_what_an_uninterrupted_one_tells(
+    llava: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, method="grace", steps=2)
+    asked = request(llava, data, settings, teacher=llava, subset="all", save_every=1)
+    whole = train(asked, tmp_path / "whole", resume=False, progress=quiet)["figures"]
+
+    def stop(self: TrainingRun) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "export", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(asked, tmp_path / "cut", resume=False, progress=quiet)
+    again = train(asked, tmp_path / "cut", resume=True, progress=quiet)["figures"]
+    assert again["notes"] == whole["notes"] == []
+    assert again["training_seconds"] > 0
+    assert again["dtype"] == "float32"
+
+
+def test_an_export_lets_go_of_the_trained_model(
+    text_model: Path, data: Path, tmp_path: Path
+) -> None:
+    """The library keeps failed imports, whose tracebacks would keep the run and its optimizer."""
+    run = TrainingRun(request(text_model, data, replace(SETTINGS, steps=1)), "cpu", tmp_path)
+    run.fit(quiet)
+    run.export()
+    kept = weakref.ref(run)
+    del run
+    gc.collect()
+    assert kept() is None
+
+
+def test_an_image_without_a_defined_relation_is_left_out_of_the_mean(
+    llava: Path, data: Path
+) -> None:
+    """A plain picture, whose visual tokens all point one way, must not halve the others' term."""
+    rows = rows_of(data, "image")[:2]
+    student, teacher = (
+        models.load(models.find(str(llava)), device="cpu", dtype=torch.float32) for _ in range(2)
+    )
+    stream = TrainingData(student, rows, ("qatbench",), 0)
+    batch = stream.collate(stream.step(0, 2), CPU, torch.float32)
+    assert len(batch.images) == 2
+    one = replace(batch, images=[batch.images[0]])
+    flat = replace(batch, images=[batch.images[0], batch.images[1][:1].repeat(8)])
+
+    def rcka(chosen: Any) -> float | None:
+        how = Distillation(kl="none")
+        loss = accumulate(
+            student.model, teacher.model, [chosen], how, 0.0, 1.0, contextlib.nullcontext
+        )
+        return loss.rcka
+
+    for parameter in student.model.parameters():
+        parameter.data.mul_(1.1)
+    alone = rcka(one)
+    assert alone
+    assert rcka(flat) == pytest.approx(alone, rel=1e-5)
