@@ -60,6 +60,20 @@ def test_written_answers_are_those_of_the_committed_report() -> None:
     assert told in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_parts_of_grace_are_told_as_the_committed_report_has_them() -> None:
+    folder = ROOT / "results" / "mini-ablation"
+    if not folder.is_dir():
+        pytest.skip("results/mini-ablation is not in this copy")
+    comparison = json.loads((folder / "comparison.json").read_text())
+    parts = [row for row in comparison["tasks"][0]["ablations"] if row["part"] != "training"]
+    assert len(parts) == 13  # 7 parts at 3 bits, 6 at 4; QAT for all of them among these
+    assert {row["verdict"] for row in parts} == {"does not matter"}
+    arms = json.loads((folder / "cost.json").read_text())["arms"]
+    told = f"costs {arms['qat-w3']['ratio']:.2f} of a plain one, a step of GRACE "
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert told + f"{arms['grace-w3']['ratio']:.2f}" in text
+
+
 def test_the_page_of_the_built_in_models_is_made_from_their_metrics() -> None:
     folder = ROOT / "results" / "mini-pretraining"
     if not (folder / "README.md").is_file():
