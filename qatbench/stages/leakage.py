@@ -49,16 +49,20 @@ class Leak:
     context: int  # its hint and text
     image: int
     both: int  # text and image, in one training sample
+    plain: int  # of the questions without an image, those whose hint and text were trained on
     unreadable: int  # images, of either side, that are missing or cannot be decoded: not compared
-    examples: tuple[Match, ...]  # a question by its strongest match only
+    examples: tuple[
+        Match, ...
+    ]  # a question by its strongest match; of one with an image, with that
 
     def as_lines(self) -> list[str]:
         """For the report: what was found, and ids of the first that match."""
         lines = [
             f"Leakage check of {self.n_eval} evaluation questions against {self.n_train} training"
-            f" samples: {self.text} have a text that was trained on ({self.context} with their"
-            f" hint), {self.image} of {self.n_images} have an image that was (the same pixels),"
-            f" {self.both} have both in one sample"
+            f" samples: trained on as a whole were {self.both} of {self.n_images} questions with an"
+            f" image (text and pixels) and {self.plain} of {self.n_eval - self.n_images} without"
+            f" (hint and text); in part, {self.text} texts ({self.context} with their hint) and"
+            f" {self.image} images"
         ]
         if self.unreadable:
             lines[0] += f"; {self.unreadable} images could not be read and were not compared"
@@ -91,7 +95,15 @@ def leakage(train_items: Iterable[Item], eval_questions: Sequence[Question]) -> 
         for one in wanted
     ]
     count = Counter(match.kind for found in matches for match in found)
-    strongest = [found[0] for found in matches if found]
+    told = [  # a text alone says little of a question with an image
+        (q, match) for q, found in zip(asked, matches, strict=True) for match in found[:1]
+    ]
+    strongest = [m for q, m in told if not q.has_image or m.kind in ("both", "image")]
+    plain = [
+        found
+        for q, found in zip(asked, matches, strict=True)
+        if not q.has_image and any(match.kind == "context" for match in found)
+    ]
     return Leak(
         n_train=len(samples),
         n_eval=len(asked),
@@ -100,6 +112,7 @@ def leakage(train_items: Iterable[Item], eval_questions: Sequence[Question]) -> 
         context=count["context"],
         image=count["image"],
         both=count["both"],
+        plain=len(plain),
         unreadable=len(pixels.unreadable),
         examples=tuple(
             match for kind in KINDS for match in [m for m in strongest if m.kind == kind][:EXAMPLES]

@@ -101,6 +101,19 @@ def test_every_turn_and_every_line_of_a_conversation_counts(tmp_path: Path) -> N
     )
 
 
+def test_a_question_without_an_image_leaks_by_its_text_alone() -> None:
+    train = [question("a", "Is it red?", "Look."), question("b", "Is it blue?")]
+    asked = [
+        question("e", "Is it red?", "Look."),
+        question("f", "Is it blue?", "Look."),  # another hint
+        question("g", "Is it blue?", image=encoded(1)),
+    ]
+    leak = leakage(train, asked)
+    assert (leak.plain, leak.context, leak.text) == (1, 2, 3)
+    assert "1 of 2 without" in leak.as_lines()[0]
+    assert [match.evaluated for match in leak.examples] == ["t/e", "t/f"]
+
+
 def test_both_means_in_one_sample() -> None:
     train = [question("a", "Is it red?", image=encoded(1)), question("b", "?", image=encoded(2))]
     leak = leakage(train, [question("e", "Is it red?", image=encoded(2))])
@@ -114,9 +127,9 @@ def test_only_ids_and_counts_come_out() -> None:
     assert (leak.n_train, leak.n_eval, leak.n_images, leak.both) == (20, 20, 20, 10)
     lines = leak.as_lines()
     assert lines == [
-        "Leakage check of 20 evaluation questions against 20 training samples: 10 have a text that "
-        "was trained on (10 with their hint), 10 of 20 have an image that was (the same pixels), "
-        "10 have both in one sample",
+        "Leakage check of 20 evaluation questions against 20 training samples: trained on as a"
+        " whole were 10 of 20 questions with an image (text and pixels) and 0 of 0 without (hint"
+        " and text); in part, 10 texts (10 with their hint) and 10 images",
         "Leakage by both, e.g. t/e10 = a10, t/e11 = a11, t/e12 = a12, t/e13 = a13, t/e14 = a14",
     ]
     assert "ecret" not in repr(leak)
