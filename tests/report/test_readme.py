@@ -57,7 +57,13 @@ def test_written_answers_are_those_of_the_committed_report() -> None:
     with tables.open(newline="") as stream:
         rows = {r["arm"]: r["acc %"] for r in csv.DictReader(stream) if r["task"] == "scienceqa"}
     told = f"{rows['base']} at 16 bits, RTN {rows['rtn']}, AWQ {rows['awq']}, GRACE {rows['grace']}"
-    assert told in (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert told in text
+    comparison = json.loads((ROOT / "results" / "mini-written" / "comparison.json").read_text())
+    (pair,) = (p for p in comparison["tasks"][0]["pairs"] if p["arm"] == "rtn-w4")
+    lost, low, high = (round(100 * pair[key], 1) for key in ("difference", "low", "high"))
+    assert f"RTN at 4 bits loses {-lost} [{low}, {high}]" in text
+    assert pair["p_holm"] < 0.001
 
 
 def test_parts_of_grace_are_told_as_the_committed_report_has_them() -> None:
