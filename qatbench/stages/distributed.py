@@ -11,6 +11,7 @@ all else (embeddings, head, vision, log-scales) is small and lies whole in every
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -133,8 +134,16 @@ def join(device: str | None) -> World:
         raise UsageError("FSDP version 1 is not supported", hint="--fsdp_version 2")
     cpu = device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=cpu, timeout=PATIENCE)
+    atexit.unregister(_leave)  # once, however often a process joins
+    atexit.register(_leave)
     own = "cpu" if cpu else str(state.device)  # accelerate says cpu:0, which is no other device
     return World(state.process_index, state.num_processes, own, sharded)
+
+
+def _leave() -> None:
+    """End the group while its threads can still be ended: at exit they would abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def begin(folder: store.RunFolder, resume: bool, world: World) -> store.State:
