@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from qatbench import store
+from qatbench.stages.common import silent
 from qatbench.stages.evaluate import EvalSettings, evaluate
 from qatbench.tasks import selector
 from qatbench.vlm import load as models
@@ -36,7 +37,7 @@ def main() -> None:
         run = Path(out) / "run"
         evaluate(
             models.find(given.model), settings, {"scienceqa": given.data}, run,
-            resume=False, progress=lambda *a: None,
+            resume=False, progress=silent,
         )  # fmt: skip
         metrics = store.read_json(run / "metrics.json")
     seconds = 1 / metrics["questions_per_second"]

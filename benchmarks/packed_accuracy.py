@@ -22,6 +22,7 @@ import torch
 from qatbench import store
 from qatbench.recipe_file import load_recipe
 from qatbench.records import Prediction
+from qatbench.stages.common import silent
 from qatbench.stages.evaluate import answer_all
 from qatbench.stages.plan import Plan, Unit
 from qatbench.stages.run import make_checkpoint, request_of
@@ -58,9 +59,9 @@ def compare(plan: Plan, unit: Unit, work: Path) -> dict[str, Any]:
     checkpoint.mkdir(parents=True)
     for other in (unit.source, unit.teacher, unit.init):
         if isinstance(other, Unit):
-            make_checkpoint(plan, other, lambda *a: None, 50)
+            make_checkpoint(plan, other, silent, 50)
     run = TrainingRun(request_of(plan, unit, save_every=10**9), str(plan.device), checkpoint)
-    run.fit(lambda *a: None)
+    run.fit(silent)
     run.student.model.eval()
     trained = ask(plan, run.student, work / "trained.jsonl")
     run.export()
@@ -76,7 +77,7 @@ def compare(plan: Plan, unit: Unit, work: Path) -> dict[str, Any]:
 
 def ask(plan: Plan, loaded: Loaded, partial: Path) -> list[Prediction]:
     """All questions of the recipe."""
-    return answer_all(loaded, plan.evaluation, plan.asked(), partial, lambda *a: None).rows
+    return answer_all(loaded, plan.evaluation, plan.asked(), partial, silent).rows
 
 
 def difference(before: Sequence[Prediction], after: Sequence[Prediction]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 from qatbench.quant import backends
 from qatbench.quant.grid import Grid
 from qatbench.stages import quantize as stage
+from qatbench.stages.common import silent
 from qatbench.tasks import selector
 from qatbench.vlm import load as models
 
@@ -68,7 +69,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as out:
             started = time.monotonic()
             record = stage.quantize(
-                folder, settings, paths, Path(out) / "c", resume=False, progress=lambda *a: None
+                folder, settings, paths, Path(out) / "c", resume=False, progress=silent
             )
             whole = time.monotonic() - started
         solve = record["figures"]["calibration_seconds"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any, Literal
 
 import typer
@@ -130,6 +129,7 @@ def _train(ui: Ui, given: dict[str, Any]) -> None:
     """Run the stage with the command's options, by their names."""
     from qatbench.stages import train as stage
     from qatbench.stages import training_sources
+    from qatbench.stages.distributed import join
     from qatbench.vlm.load import find
 
     specs = [training_sources.parse(text, given["images"]) for text in given["train"]]
@@ -152,7 +152,7 @@ def _train(ui: Ui, given: dict[str, Any]) -> None:
     )
     with ui.progress() as progress:
         record = stage.train(request, given["out"], resume=given["resume"], progress=progress)
-    if int(os.environ.get("RANK", "0")) == 0:  # of several processes the first one tells
+    if join(given["device"]).main:  # of several processes the first one tells
         checkpoint_result(ui, record, given["out"])
 
 

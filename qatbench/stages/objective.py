@@ -49,17 +49,12 @@ Reduce = Callable[[Sequence[float]], list[float]]
 class Seen:
     """What a forward pass leaves behind.
 
-    Shapes: logits (N, V) at the positions that are distilled; supervised: which of the N rows are
-    supervised, None for all; images: each image's visual tokens (n, d).
+    Shapes: logits (N, V) at the positions that are distilled; images: each image's visual tokens
+    (n, d).
     """
 
     logits: Tensor
     images: list[Tensor]
-    supervised: Tensor | None = None
-
-    def answers(self) -> Tensor:
-        """Logits at the supervised positions."""
-        return self.logits if self.supervised is None else self.logits[self.supervised]
 
 
 @dataclass
@@ -83,12 +78,11 @@ def look(model: Any, batch: MicroBatch, *, images: bool, everywhere: bool = Fals
     hidden = out.last_hidden_state
     flat = hidden.reshape(-1, hidden.shape[-1])
     logits = model.lm_head(flat[batch.every if everywhere else batch.where])
-    supervised = torch.isin(batch.every, batch.where) if everywhere else None
     if not images:
-        return Seen(logits, [], supervised)
+        return Seen(logits, [])
     inner = out.hidden_states[PENULTIMATE]
     inner = inner.reshape(-1, inner.shape[-1])
-    return Seen(logits, [inner[where] for where in batch.images], supervised)
+    return Seen(logits, [inner[where] for where in batch.images])
 
 
 def _alone(numbers: Sequence[float]) -> list[float]:
@@ -126,12 +120,13 @@ def accumulate(
             float(sum(relational_cka(t, t) is not None for k in taught if k for t in k.images)),
         ]
     )
+    everywhere = _everywhere(distillation)
     ce = kd = rcka = 0.0
     related = 0
     for batch, known in zip(batches, taught, strict=True):
         with autocast():
-            seen = look(student, batch, images=see_images, everywhere=_everywhere(distillation))
-        loss = cross_entropy_sum(seen.answers(), batch.target) / tokens
+            seen = look(student, batch, images=see_images, everywhere=everywhere)
+        loss = cross_entropy_sum(_answers(seen, batch, everywhere), batch.target) / tokens
         ce += loss.item()
         if known is not None and distillation.kl != "none":
             distilled = _distil(seen, known, batch, distillation) / weight
@@ -154,6 +149,11 @@ def accumulate(
         tokens=int(tokens),
         images=int(looked),
     )
+
+
+def _answers(seen: Seen, batch: MicroBatch, everywhere: bool) -> Tensor:
+    """Logits at the supervised positions."""
+    return seen.logits[torch.isin(batch.every, batch.where)] if everywhere else seen.logits
 
 
 def _relations(seen: Seen, known: Seen) -> list[Tensor]:
@@ -184,7 +184,7 @@ def _teach(
     width, everywhere = _rows(student), _everywhere(distillation)
     with torch.no_grad(), autocast():
         told = [look(teacher, batch, images=images, everywhere=everywhere) for batch in batches]
-    return [Seen(seen.logits[:, :width], seen.images, seen.supervised) for seen in told]
+    return [Seen(seen.logits[:, :width], seen.images) for seen in told]
 
 
 def _rows(model: Any) -> int:

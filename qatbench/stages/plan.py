@@ -17,6 +17,7 @@ from qatbench.recipe import PTQ, TRAINED, Arm, ArmRef, Recipe
 from qatbench.records import Question
 from qatbench.stages import training_sources
 from qatbench.stages.evaluate import EvalSettings, questions_of
+from qatbench.stages.leakage import leakage
 from qatbench.stages.objective import Distillation
 from qatbench.stages.quantize import QuantizeSettings, calibration_questions
 from qatbench.stages.train_settings import ControllerSettings, TrainSettings
@@ -65,6 +66,7 @@ class Plan:
         self._folders: dict[str, ModelFolder] = {recipe.student: self.student}
         self.train_set = self._train_set()
         self._asked: dict[str, list[Question]] | None = None
+        self._leakage: tuple[str, ...] | None = None
         self._calibration: list[Question] | None = None
         self._units: dict[tuple[str, int | None], Unit] = {}
         self.evaluation = EvalSettings(
@@ -145,9 +147,12 @@ class Plan:
             self._asked = questions_of(chosen.selectors, self.paths, chosen.limit, chosen.seed)
         return self._asked
 
-    def evaluated(self) -> list[Question]:
-        """All of them: what the training data must not hold."""
-        return [question for questions in self.asked().values() for question in questions]
+    def leakage(self) -> tuple[str, ...]:
+        """Which of them are among the training data, for the report; looked for once."""
+        if self._leakage is None:
+            asked = [question for questions in self.asked().values() for question in questions]
+            self._leakage = tuple(leakage(self.train_set.items, asked).as_lines())
+        return self._leakage
 
     def calibration(self) -> list[Question]:
         """Calibration questions, loaded once."""

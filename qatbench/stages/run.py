@@ -8,6 +8,7 @@ different arms of one recipe at the same time: each artifact is made under a loc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -25,6 +26,7 @@ from qatbench.stages.quantize import QuantizeSettings, quantize
 from qatbench.stages.train import TrainRequest, train
 from qatbench.stages.train_settings import TrainSettings
 from qatbench.stages.workers import Job
+from qatbench.vlm.load import ModelFolder
 
 KEPT_WITH_RESULTS = {"train.jsonl": "train.jsonl", store.PROVENANCE: "checkpoint.json"}
 
@@ -167,14 +169,19 @@ def make_checkpoint(plan: Plan, unit: Unit, progress: Progress, save_every: int)
         for other in (unit.source, unit.teacher, unit.init):
             if isinstance(other, Unit):
                 make_checkpoint(plan, other, _say(other, progress), save_every)
-        origin = model_of(plan, unit.source) if unit.source else plan.student
         if isinstance(unit.settings, QuantizeSettings):
             quantize(
-                origin, unit.settings, plan.paths, unit.checkpoint, resume=True, progress=progress
-            )
+                _origin(plan, unit), unit.settings, plan.paths, unit.checkpoint, resume=True,
+                progress=progress,
+            )  # fmt: skip
         elif isinstance(unit.settings, TrainSettings):
-            request = request_of(plan, unit, save_every)
+            request = replace(request_of(plan, unit, save_every), leakage=plan.leakage())
             train(request, unit.checkpoint, resume=True, progress=progress)
+
+
+def _origin(plan: Plan, unit: Unit) -> ModelFolder:
+    """The 16-bit model that a unit quantizes or trains."""
+    return model_of(plan, unit.source) if unit.source else plan.student
 
 
 def request_of(plan: Plan, unit: Unit, save_every: int) -> TrainRequest:
@@ -185,13 +192,12 @@ def request_of(plan: Plan, unit: Unit, save_every: int) -> TrainRequest:
     how = plan.recipe.training_of(plan.recipe.arms[unit.arm])
     return TrainRequest(
         settings,
-        model_of(plan, unit.source) if unit.source else plan.student,
+        _origin(plan, unit),
         model_of(plan, teacher) if isinstance(teacher, Unit) else teacher,
         plan.train_set.sources,
         plan.device,
         save_every,
         remarks=tuple(plan.train_set.notes()),
-        evaluated=plan.evaluated(),
         init=model_of(plan, unit.init) if unit.init else None,
         teacher_dtype=how.teacher_dtype,
         checkpointing=how.checkpointing,

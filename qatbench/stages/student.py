@@ -63,7 +63,7 @@ def prepare(
         made.notes.append(f"starts from {Path(init.name).name}")
     still = arch.projector if settings.projector == "frozen" else ()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not (arch.frozen(name) or _under(name, still)))
+        parameter.requires_grad_(not (arch.frozen(name) or layout.under(name, still)))
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -125,7 +125,7 @@ def _projector_linears(loaded: Loaded, grid: Grid) -> list[str]:
     found = {
         name: module
         for name, module in loaded.model.named_modules()
-        if isinstance(module, nn.Linear) and _under(name, loaded.arch.projector)
+        if isinstance(module, nn.Linear) and layout.under(name, loaded.arch.projector)
     }
     for name, module in found.items():
         if grid.group_size != -1 and module.in_features % grid.group_size:
@@ -135,10 +135,6 @@ def _projector_linears(loaded: Loaded, grid: Grid) -> list[str]:
                 hint="choose another group size, or a projector that is trained or frozen",
             )
     return list(found)
-
-
-def _under(name: str, parts: Sequence[str]) -> bool:
-    return any(name.startswith(f"{part}.") for part in parts)
 
 
 # --- starting from a packed checkpoint ------------------------------------------------------------

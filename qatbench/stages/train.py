@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import shutil
 import time
@@ -28,18 +29,17 @@ from qatbench.quant.result import Quantized, QuantizedLinear
 from qatbench.stages import distributed, export, optimizers, train_state
 from qatbench.stages.common import Progress, silent
 from qatbench.stages.distributed import ALONE, World, gather
-from qatbench.stages.leakage import leakage
 from qatbench.stages.objective import Distillation, StepLoss, accumulate
 from qatbench.stages.quantize import check_grid, notes
 from qatbench.stages.student import check_init, language_linears, prepare, rebuilt
 from qatbench.stages.teacher import load_teacher
-from qatbench.stages.train_request import TrainRequest, training_questions
+from qatbench.stages.train_request import TrainRequest
 from qatbench.stages.train_settings import QUANTIZED, TAUGHT, schedule
 from qatbench.vlm import load as models
 from qatbench.vlm.load import Loaded
 from qatbench.vlm.training import TrainingData
 
-__all__ = ["TrainRequest", "TrainingRun", "train", "training_questions"]
+__all__ = ["TrainRequest", "TrainingRun", "train"]
 
 
 def train(request: TrainRequest, out: Path, *, resume: bool, progress: Progress) -> dict[str, Any]:
@@ -130,7 +130,6 @@ class TrainingRun:
         control = self.settings.controller
         self.controller = BetaController(**dataclasses.asdict(control))
         self.seconds, self.saw_images = 0.0, False
-        self.betas: list[float] = []
 
     def _dtype(self, device: str) -> torch.dtype:
         """Of activations and the teacher; 16-bit weights compute in their own."""
@@ -196,9 +195,9 @@ class TrainingRun:
         factor = schedule(number, settings.steps, settings.warmup)
         rates = {"weights": settings.lr * factor, "scales": settings.scale_lr * factor}
         optimizers.set_rates(self.optimizer, rates)
-        known = dict(self.data.skipped)
+        known = len(self.data.skipped)
         rows = self.world.share(self.data.step(number, settings.batch_size))
-        skipped = {key: why for key, why in self.data.skipped.items() if key not in known}
+        skipped = dict(itertools.islice(self.data.skipped.items(), known, None))
         pixels = torch.bfloat16 if settings.weights == "bfloat16" else torch.float32
         batches = [
             self.data.collate(rows[i : i + settings.micro_batch_size], self.device, pixels)
@@ -290,8 +289,8 @@ class TrainingRun:
             figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         if self.world.size > 1:
             figures["processes"] = self.world.size
-        if self.request.evaluated:
-            figures["leakage"] = leakage(self.request.samples, self.request.evaluated).as_lines()
+        if self.request.leakage:
+            figures["leakage"] = list(self.request.leakage)
         return figures
 
     def export(self) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from qatbench.records import Question
 from qatbench.stages.train_settings import TrainSettings
-from qatbench.tasks import selector, sources
-from qatbench.tasks.selector import Selector
+from qatbench.tasks import sources
 from qatbench.tasks.sources import Item, Source
 from qatbench.vlm.load import ModelFolder
 
@@ -30,14 +29,9 @@ class TrainRequest:
     checkpointing: bool = False  # recompute activations in the backward pass
     compile: bool | None = None  # the fake quantization; default: on CUDA
     remarks: tuple[str, ...] = ()  # on the training data, for the report
-    evaluated: Sequence[Question] = ()  # what must not have been trained on
+    leakage: tuple[str, ...] = ()  # which evaluation questions are among them, for the report
 
     @property
     def samples(self) -> list[Item]:
         """All training samples."""
         return [item for source in sources.given(self.questions) for item in source.items]
-
-
-def training_questions(chosen: Selector, paths: Mapping[str, str]) -> list[Question]:
-    """Load a training split."""
-    return selector.load(chosen, paths)

@@ -63,11 +63,6 @@ def _first(items: Sequence[Item], limit: int, seed: int) -> Sequence[Item]:
     return random.Random(seed).sample(items, min(limit, len(items)))
 
 
-def of_questions(questions: Sequence[Question], name: str = "questions") -> TrainingSet:
-    """One source of questions."""
-    return TrainingSet((Source(name, questions),))
-
-
 def load(specs: Sequence[SourceSpec], paths: Mapping[str, str]) -> TrainingSet:
     """Load every source.
 

@@ -5,7 +5,7 @@ No torch here: a recipe is checked against config.json alone. A new architecture
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,13 +39,13 @@ class Architecture:
     @property
     def never_quantized(self) -> list[str]:
         """Skip list for the AWQ format, each prefix in transformers' and in vLLM's spelling."""
-        parts = [*self.vision, *(p for p in self.projector if not _under(p, self.vision))]
+        parts = [*self.vision, *(p for p in self.projector if not under(p, self.vision))]
         both = [name for part in parts for name in (part.removeprefix("model."), part)]
         return [*both, "lm_head"]
 
     def frozen(self, name: str) -> bool:
         """Whether training leaves a parameter as it is: the vision tower without its projector."""
-        return _under(name, self.vision) and not _under(name, self.projector)
+        return under(name, self.vision) and not under(name, self.projector)
 
     def file_key(self, name: str) -> str:
         """A tensor's name in weight files, spelled as the family's published checkpoints do.
@@ -59,7 +59,7 @@ class Architecture:
         return name
 
 
-def _under(name: str, parts: tuple[str, ...]) -> bool:
+def under(name: str, parts: Sequence[str]) -> bool:
     """Whether a dotted name is that of one of the modules, or of something inside one."""
     return any(name == part or name.startswith(f"{part}.") for part in parts)
 

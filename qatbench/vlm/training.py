@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
@@ -112,9 +112,7 @@ class TrainingData:
         for name in formats:
             if name != protocols.CHOICES:
                 protocols.get(name)
-        if not isinstance(data[0], Source):
-            data = [Source("questions", cast("Sequence[Question]", data))]
-        self.sources = cast("list[Source]", list(data))
+        self.sources = sources.given(data)
         self.order = sources.order(self.sources, seed)
         self.loaded, self.encoder, self.formats, self.seed = loaded, Encoder(loaded), formats, seed
         self.max_length, self.packing = max_length, packing
