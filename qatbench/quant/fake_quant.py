@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +28,28 @@ _EXACT_DIVISION = ("eager_numerics.division_rounding", "emulate_divison_rounding
 _SHAPES = 256  # kernels of different shapes, dtypes and grids in one process
 
 
-class Kernels(NamedTuple):
+@dataclass(frozen=True)
+class Kernels:
     """The arithmetic of `fake_quant`: pure functions of tensors, eager or compiled."""
 
     forward: Callable[[Tensor, Tensor, int, int, torch.dtype], Tensor]
     backward: Callable[..., tuple[Tensor | None, Tensor | None]]
+
+    def __call__(
+        self,
+        weight: Tensor,
+        log_scale: Tensor,
+        grid: Grid,
+        gradient_factor: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Compute `fake_quant` with these."""
+        result: Tensor = _FakeQuant.apply(weight, log_scale, grid, gradient_factor, dtype, self)
+        return result
+
+
+Arithmetic = Callable[[Tensor, Tensor, Grid, float, torch.dtype], Tensor]
+"""`fake_quant` for arguments that were checked: Kernels, or those of Triton."""
 
 
 def fake_quant(
@@ -41,14 +59,14 @@ def fake_quant(
     *,
     gradient_factor: float = 1.0,
     out_dtype: torch.dtype | None = None,
-    kernels: Kernels | None = None,
+    kernels: Arithmetic | None = None,
 ) -> Tensor:
     """Weights on the INT grid, differentiable in the weights and in the log of the scales.
 
-    Keeps only its two inputs for the backward pass and computes the rest again.
+    Keeps the weights and one number a scale for the backward pass and computes the rest again.
 
     `gradient_factor` multiplies the gradient of log_scale: 1 is GRACE's form,
-    `lsq_gradient_factor` LSQ's. `kernels` computes, default EAGER.
+    `lsq_gradient_factor` LSQ's. `kernels` computes, default EAGER, as always in fp64.
 
     Shapes: weight (out, in) of any float dtype; log_scale (out, groups) fp32 or fp64.
     Returns: (out, in) fp32 (fp64 for an fp64 weight), equal to
@@ -66,10 +84,9 @@ def fake_quant(
     if log_scale.shape != expected:
         raise ShapeError(f"scales {tuple(log_scale.shape)}, expected {expected} (outputs, groups)")
     dtype = out_dtype or torch.promote_types(weight.dtype, torch.float32)
-    result: Tensor = _FakeQuant.apply(
-        weight, log_scale, grid, gradient_factor, dtype, kernels or EAGER
-    )
-    return result
+    if torch.float64 in (weight.dtype, log_scale.dtype):
+        kernels = EAGER  # the others are written for what models are trained in
+    return (kernels or EAGER)(weight, log_scale, grid, gradient_factor, dtype)
 
 
 def lsq_gradient_factor(grid: Grid, in_features: int) -> float:
@@ -217,29 +234,40 @@ def _unlimited(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def working(device: torch.device) -> Kernels:
-    """`compiled`, once it is sure that it works on a device.
+def working(device: torch.device) -> Arithmetic:
+    """The fastest arithmetic of a device, once it is sure that it works: Triton's, or `compiled`.
 
     Raises: PrerequisiteError if there is no compiler, or it computes other codes than eager does.
     """
-    weight = torch.linspace(-1, 1, 64, device=device).reshape(4, 16)
-    problem = (weight, torch.full((4, 2), 0.125, device=device), -8, 7)
-    why, kernels = "", EAGER
+    weight = torch.linspace(-1, 1, 64, device=device).reshape(4, 16).requires_grad_()
+    problem = (weight, torch.full((4, 2), 0.125, device=device).log(), Grid(4, 8), 1.0)
+    why = ""
     if torch._dynamo.config.disable:
         why = "it is switched off"
     else:
-        kernels = compiled()
+        made: Arithmetic = EAGER
         try:
-            got = kernels.forward(*problem, torch.float32)
-            kernels.backward(weight, *problem, True, True)
-            if not torch.equal(got, _quantize(*problem, torch.float32)):
+            made = _made_for(device)
+            got = made(*problem, torch.float32)
+            got.sum().backward()  # type: ignore[no-untyped-call]
+            if not torch.equal(got, EAGER(*problem, torch.float32)):
                 why = "it computes other codes than eager does"
+        except PrerequisiteError:
+            raise
         except Exception as error:  # noqa: BLE001 - a missing compiler shows in a dozen types
             lines = str(error).strip().splitlines() or [""]
             why = f"{type(error).__name__}: {lines[0][:200]}"
-    if why:
-        raise PrerequisiteError(
-            f"torch.compile does not work on {device.type} here: {why}",
-            hint="--no-compile; or install a C++ compiler (CPU) or Triton (CUDA)",
-        )
-    return kernels
+        if not why:
+            return made
+    raise PrerequisiteError(
+        f"torch.compile does not work on {device.type} here: {why}",
+        hint="--no-compile; or install a C++ compiler (CPU) or Triton (CUDA)",
+    )
+
+
+def _made_for(device: torch.device) -> Arithmetic:
+    if device.type != "cuda":
+        return compiled()
+    from qatbench.quant.fake_quant_triton import fused
+
+    return fused

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from qatbench.errors import UsageError
 from qatbench.quant import grid as grids
-from qatbench.quant.fake_quant import EAGER, fake_quant, lsq_gradient_factor, working
+from qatbench.quant.fake_quant import (
+    EAGER,
+    Arithmetic,
+    Kernels,
+    fake_quant,
+    lsq_gradient_factor,
+    working,
+)
 from qatbench.quant.grid import Grid
 
 __all__ = [
@@ -45,7 +52,7 @@ class FakeQuantLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.grid = grid
         self.gradient_factor = 1.0
-        self.kernels = EAGER
+        self.kernels: Arithmetic = EAGER
         self.weight = weight
         self.bias = bias
         self.log_scale = log_scale
@@ -163,17 +170,18 @@ def quantized_layers(model: nn.Module) -> dict[str, FakeQuantLinear]:
 
 
 def compile_layers(model: nn.Module, device: torch.device) -> None:
-    """Let every FakeQuantLinear below `model` compute with compiled kernels.
+    """Let every FakeQuantLinear below `model` compute with the fastest kernels of the device.
 
-    Whoever compiles the model around them finds a break there: inside a larger graph the compiler
-    would leave the scales' way through fp16 out.
+    Whoever compiles the model around them finds one operator there on CUDA, and a break elsewhere:
+    inside a larger graph the compiler would leave the scales' way through fp16 out.
 
     Raises: PrerequisiteError if there is no working compiler for the device.
     """
     kernels = working(device)
     for layer in quantized_layers(model).values():
         layer.kernels = kernels
-        layer.on_grid = torch.compiler.disable(layer.on_grid)  # type: ignore
+        if isinstance(kernels, Kernels):
+            layer.on_grid = torch.compiler.disable(layer.on_grid)  # type: ignore
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

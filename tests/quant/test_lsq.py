@@ -363,7 +363,7 @@ def real_problem(grid: Grid, dtype: torch.dtype = torch.float32) -> tuple[Tensor
 
 
 def outcome(
-    grid: Grid, dtype: torch.dtype, kernels: arithmetic.Kernels = arithmetic.EAGER
+    grid: Grid, dtype: torch.dtype, kernels: arithmetic.Arithmetic = arithmetic.EAGER
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Value and both gradients, in `dtype` throughout but for the scales."""
     weight, logs, upstream = real_problem(grid, dtype)
