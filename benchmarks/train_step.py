@@ -1,7 +1,8 @@
 """What fake quantization and a teacher cost: ratios taken side by side in one run, on one GPU.
 
 layer  one LLaVA-1.5-7B decoder layer, forward and backward in bf16, 1024 and 4096 tokens: plain
-       linears, fake-quantized eagerly, fake-quantized through the compiler.
+       linears, fake-quantized eagerly, through torch.compile, and by the Triton kernels that the
+       trainer uses; then the layer as one compiled block, plain and fake-quantized.
 llava  one optimizer step of GRACE, LLaVA-1.5 13B -> 7B (random weights of the true shapes), 8 x
        704 tokens of which 576 are visual, against plain fine-tuning of the student alone.
 qwen   the same, Qwen2-VL 7B -> 2B.
@@ -18,11 +19,15 @@ its micro-batches would save half of it and hold 14 GB more: 14 (weights) + 14 (
 block's recomputation does, which is what checkpointing does already. So they are computed anew,
 and a large micro-batch is what amortizes them: a step here is one micro-batch of 8.
 
-What else costs: norms, rotary embeddings and SwiGLU, some 1.5 ms a block and pass in eager, about
-250 ms of a step. `--blocks` has the decoder blocks of both models compiled around the linears (the
-trainer does not do that): in all rows, fine-tuning's too.
+What else costs: norms, rotary embeddings and SwiGLU. The steps have the decoder blocks of both
+models compiled (`train-qat --compile-blocks`; `--no-blocks` here: eager), in all rows,
+fine-tuning's too. `--kept N ...` leaves the last N blocks out of the recomputation
+(`--kept-blocks`): they hold their activations at the start of the backward pass only, when the
+gradients of the others have not taken that room yet. `--profile FILE` writes where GRACE's time
+goes, kernel by kernel.
 
-    python benchmarks/train_step.py [layer] [llava] [qwen] [--blocks] [--tiny] [--json FILE]
+    python benchmarks/train_step.py [layer] [llava] [qwen] [--no-blocks] [--kept N ...] [--tiny]
+        [--profile FILE] [--json FILE]
 """
 
 from __future__ import annotations
@@ -33,18 +38,19 @@ import dataclasses
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from qatbench.quant import lsq
+from qatbench.quant import kernels, lsq
 from qatbench.quant.grid import Grid
 from qatbench.stages import optimizers
 from qatbench.stages.distributed import ALONE
-from qatbench.stages.objective import Distillation, StepLoss, accumulate
+from qatbench.stages.objective import Distillation, StepLoss, _teach, accumulate
+from qatbench.stages.student import compile_decoder
 from qatbench.stages.train_settings import TrainSettings
 from qatbench.vlm import layout
 from qatbench.vlm.batch import backbone
@@ -57,8 +63,10 @@ TINY = {"student": (128, 256, 2, 4, 4, 512), "teacher": (192, 384, 2, 6, 6, 512)
 GRID = Grid(4, 128)
 ROWS, LENGTH, PATCHES, ANSWER = 8, 704, 24, 64  # PATCHES squared are the visual tokens
 TARGETS = {
-    "layer 1024": "1.60 x", "layer 4096": "1.10 x", "llava": ">= 6.5 /s, <= 72 GB", "qwen": "-",
+    "layer 1024": "1.60 x", "layer 4096": "1.10 x", "block 1024": "1.60 x",
+    "block 4096": "1.10 x", "llava": ">= 6.5 /s, <= 72 GB", "qwen": "-",
 }  # fmt: skip
+LAYERS = ("plain", "eager", "compiled", "kernels", "block, plain", "block, kernels")
 Family = Callable[[tuple[int, ...], bool], Any]
 
 
@@ -111,16 +119,21 @@ def build(config: Any, device: torch.device) -> Any:
         )
 
 
-def fake_quantized(model: nn.Module, names: list[str], compile: bool) -> None:
-    """Put the named linears on the grid, with plain max scales: a search would take minutes."""
+def fake_quantized(model: nn.Module, names: list[str], kind: str) -> None:
+    """Put the named linears on the grid, with plain max scales: a search would take minutes.
+
+    `kind` is whose arithmetic: `eager`, `compiled` or `kernels`, which are those of the trainer.
+    """
     linears = {name: model.get_submodule(name) for name in names}
     scales = {
         name: linear.weight.detach().unflatten(1, (-1, GRID.group_size)).abs().amax(-1).float() / 7
         for name, linear in linears.items()
     }
-    lsq.attach(model, names, GRID, scales)
-    if compile:
+    layers = lsq.attach(model, names, GRID, scales)
+    if kind == "kernels":
         lsq.compile_layers(model, next(model.parameters()).device)
+    for layer in layers.values() if kind == "compiled" else ():
+        layer.kernels = kernels.compiled()
 
 
 # --- one layer ------------------------------------------------------------------------------------
@@ -135,14 +148,17 @@ def layer_times(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
     names = [*layout.ATTENTION, *layout.MLP]
     rows = []
     for tokens in (64, 128) if tiny else (1024, 4096):
-        for kind in ("plain", "eager", "compiled"):
+        for kind in LAYERS:
             free()
+            block, kind = kind.startswith("block, "), kind.removeprefix("block, ")
             with torch.device(device):
                 layer = LlamaDecoderLayer(config, 0).to(torch.bfloat16)
                 hidden = torch.randn(1, tokens, sizes[0], dtype=torch.bfloat16)
                 places = LlamaRotaryEmbedding(config)(hidden, torch.arange(tokens)[None])
             if kind != "plain":
-                fake_quantized(layer, names, kind == "compiled")
+                fake_quantized(layer, names, kind)
+            if block:
+                layer.compile()
             hidden.requires_grad_()
 
             def once(layer: Any = layer, hidden: Tensor = hidden, places: Any = places) -> None:
@@ -152,8 +168,8 @@ def layer_times(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
                 (out[0] if isinstance(out, tuple) else out).sum().backward()
 
             seconds, peak = measured(once, device, 1 if tiny else 30)
-            rows.append({"what": f"layer {tokens}", "kind": kind, "ms": 1e3 * seconds,
-                         "peak_gb": peak})  # fmt: skip
+            what = f"{'block' if block else 'layer'} {tokens}"
+            rows.append({"what": what, "kind": kind, "ms": 1e3 * seconds, "peak_gb": peak})
             del layer, hidden, places, once
     return with_ratios(rows, "ms")
 
@@ -164,7 +180,7 @@ def layer_times(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
 def batch_of(model: Any, config: Any, rows: int, length: int, device: torch.device) -> MicroBatch:
     """Rows of equal length: a few words, an image, words of which the last ANSWER are supervised.
 
-    Masks and positions are those of TrainingData.collate for rows that have a sequence each.
+    Positions are those of TrainingData.collate for rows that have a sequence each; none has a mask.
     """
     generator = torch.Generator().manual_seed(0)
     visual = PATCHES**2
@@ -183,8 +199,7 @@ def batch_of(model: Any, config: Any, rows: int, length: int, device: torch.devi
         )
         inputs["image_grid_thw"] = grid
         pixels = torch.randn(rows * 4 * visual, 3 * 2 * 14**2, generator=generator)
-    mask = torch.ones(length, length, dtype=torch.bool).tril()
-    inputs |= {"pixel_values": pixels.bfloat16(), "attention_mask": mask.repeat(rows, 1, 1, 1)}
+    inputs |= {"pixel_values": pixels.bfloat16()}
     inputs = {name: value.to(device) for name, value in inputs.items()}
     starts = torch.arange(rows, device=device)[:, None] * length
     tail = torch.arange(length - ANSWER - 1, length - 1, device=device)
@@ -200,24 +215,25 @@ class Step:
     """One optimizer step of the trainer: `plain` fine-tuning, or `grace` with a teacher."""
 
     def __init__(
-        self, student: Any, teacher: Any | None, kind: str, length: int, blocks: bool
+        self, student: Any, teacher: Any | None, kind: str, length: int, blocks: bool, kept: int
     ) -> None:
         device = next(student.parameters()).device
         config = student.config
         arch, self.kind = layout.architecture(config.to_dict()), kind
         if kind != "plain":
             names = list(layout.linear_shapes(config.to_dict()))
-            fake_quantized(student, names, kind == "compiled")
+            fake_quantized(student, names, "kernels")
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(not arch.frozen(name))
         student.train()
         student.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
+        layers = list(student.get_submodule(arch.layers).children())
+        for block in layers[max(0, len(layers) - kept) :]:
+            block.gradient_checkpointing = False
         for model in filter(None, (student, teacher) if blocks else ()):
-            for block in model.get_submodule(arch.layers):
-                for part in block.children():  # inside the checkpoint: its graph may break
-                    part.compile()
+            compile_decoder(model, arch)
         self.student, self.teacher = student, teacher
         named = student.named_parameters()
         self.parameters = {name: p for name, p in named if p.requires_grad}
@@ -227,6 +243,20 @@ class Step:
         self.optimizer = optimizers.build(self.settings, self.parameters, device)
         self.batch = batch_of(student, config, ROWS if length == LENGTH else 2, length, device)
         self.number = 0
+
+    def parts(self, device: torch.device) -> dict[str, float]:
+        """Milliseconds of what can be timed by itself; the rest is the student's passes."""
+        self()  # leaves no gradients: the optimizer is timed on new ones
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        found = {"clip": lambda: ALONE.clip(self.parameters.values(), 1.0),
+                 "optimizer": lambda: optimizers.step(self.optimizer, 0, self.number)}  # fmt: skip
+        if self.teacher:
+            found["teacher"] = lambda: _teach(
+                self.student, self.teacher, [self.batch], True, Distillation(),
+                contextlib.nullcontext,
+            )  # fmt: skip
+        return {name: 1e3 * measured(once, device, 3)[0] for name, once in found.items()}
 
     def __call__(self) -> StepLoss:
         """Forward, backward and update; returns the losses."""
@@ -243,26 +273,28 @@ class Step:
 
 def step_times(
     what: str, family: Family, sizes: dict[str, tuple[int, ...]], device: torch.device,
-    tiny: bool, blocks: bool,
+    tiny: bool, blocks: bool, kept: Sequence[int], profile: str | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Samples a second and peak memory of fine-tuning alone and of GRACE."""
     small, large = list(sizes.values())
     length = 5 + PATCHES**2 + 2 * ANSWER if tiny else LENGTH
     rows = []
-    for kind in ("plain", "compiled"):
+    for kind, keep in (("plain", kept[0]), *(("grace", keep) for keep in kept)):
         free()
         student = build(family(small, tiny), device)
         teacher = None
         if kind != "plain":
             teacher = build(family(large, tiny), device).eval().requires_grad_(False)
-        step = Step(student, teacher, kind, length, blocks)
+        step = Step(student, teacher, kind, length, blocks, keep)
         seconds, peak = measured(step, device, 1 if tiny else 5)
-        losses = dataclasses.asdict(step())
+        losses, parts = dataclasses.asdict(step()), step.parts(device)
+        if profile and kind == "grace" and keep == kept[-1]:
+            profiled(step, profile)
         samples = step.batch.inputs["input_ids"].shape[0]
-        name = "fine-tuning" if kind == "plain" else "grace"
+        name = "fine-tuning" if kind == "plain" else f"grace, {keep}"
         rows.append({"what": what, "kind": name, "ms": 1e3 * seconds,
                      "samples_per_second": samples / seconds, "peak_gb": peak,
-                     "losses": losses})  # fmt: skip
+                     "kept_blocks": keep, "losses": losses, "parts_ms": parts})  # fmt: skip
         del student, teacher, step
     return with_ratios(rows, "ms")
 
@@ -290,6 +322,19 @@ def measured(once: Callable[[], Any], device: torch.device, times: int) -> tuple
     return sorted(taken)[len(taken) // 2], peak
 
 
+def profiled(step: Step, file: str) -> None:
+    """Write the kernels of a step by their time on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        step()
+        torch.cuda.synchronize()
+    averages = found.key_averages()
+    with open(file, "w", encoding="utf-8") as stream:
+        for order in ("self_cuda_time_total", "self_cpu_time_total"):
+            stream.write(averages.table(sort_by=order, row_limit=40, max_name_column_width=90))
+
+
 def free() -> None:
     """Give back what the last measurement held."""
     gc.collect()
@@ -310,7 +355,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'':12} {'':12} {'ms':>9} {'x plain':>8} {'/s':>7} {'peak GB':>8}  target"]
     for row in rows:
         rate = f"{row['samples_per_second']:.2f}" if "samples_per_second" in row else ""
-        target = TARGETS.get(row["what"], "") if row["kind"] in ("compiled", "grace") else ""
+        told = row["kind"] == "kernels" or row["kind"].startswith("grace")
+        target = TARGETS.get(row["what"], "") if told else ""
         lines.append(
             f"{row['what']:12} {row['kind']:12} {row['ms']:9.2f} {row['ratio']:8.2f} {rate:>7} "
             f"{row['peak_gb']:8.2f}  {target}"
@@ -323,7 +369,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", nargs="*", help="layer, llava, qwen; default all")
     parser.add_argument("--tiny", action="store_true", help="a smoke test of small sizes, any CPU")
-    parser.add_argument("--blocks", action="store_true", help="compile the decoder blocks too")
+    parser.add_argument("--no-blocks", action="store_true", help="leave the decoder blocks eager")
+    parser.add_argument("--kept", type=int, nargs="+", default=[0], help="blocks without recompute")
+    parser.add_argument("--profile", help="file for the kernels of GRACE's step")
     parser.add_argument("--json", help="file for the figures")
     given = parser.parse_args()
     wanted = given.what or ["layer", "llava", "qwen"]
@@ -338,17 +386,17 @@ def main() -> None:
     for what, family, sizes in (("llava", llava_config, LLAVA), ("qwen", qwen_config, QWEN)):
         if what in wanted:
             chosen = TINY if given.tiny else sizes
-            rows += step_times(what, family, chosen, device, given.tiny, given.blocks)
+            rows += step_times(
+                what, family, chosen, device, given.tiny, not given.no_blocks, given.kept,
+                given.profile,
+            )  # fmt: skip
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(f"{name}, torch {torch.__version__}")
     print(table(rows))
     if given.json:
         with open(given.json, "w", encoding="utf-8") as stream:
-            json.dump(
-                {"device": name, "torch": torch.__version__, "blocks": given.blocks, "rows": rows},
-                stream,
-                indent=2,
-            )
+            told = {"device": name, "torch": torch.__version__, "blocks": not given.no_blocks}
+            json.dump(told | {"rows": rows}, stream, indent=2)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,12 @@ TeacherDtype = Annotated[Literal["auto", "int8"], typer.Option(help="Weights of 
 Checkpointing = Annotated[
     bool, typer.Option("--checkpointing", help="Recompute activations: less memory.")
 ]
+KeptBlocks = Annotated[
+    int, typer.Option(min=0, help="With --checkpointing: but for the last decoder blocks.")
+]
+CompileBlocks = Annotated[
+    bool, typer.Option("--compile-blocks", help="The decoder blocks too: for large models.")
+]
 Compile = Annotated[
     bool | None,
     typer.Option("--compile/--no-compile", help="The fake quantization; default: on CUDA."),
@@ -98,7 +104,9 @@ def train_command(
     weights: Weights = "float32",
     teacher_dtype: TeacherDtype = "auto",
     checkpointing: Checkpointing = False,
+    kept_blocks: KeptBlocks = 0,
     compile: Compile = None,
+    compile_blocks: CompileBlocks = False,
     packing: Packing = "pack",
     max_length: MaxLength = 2048,
     formats: Formats = None,
@@ -147,7 +155,9 @@ def _train(ui: Ui, given: dict[str, Any]) -> None:
         init=find(given["init"]) if given["init"] else None,
         teacher_dtype=given["teacher_dtype"],
         checkpointing=given["checkpointing"],
+        kept_blocks=given["kept_blocks"],
         compile=given["compile"],
+        compile_blocks=given["compile_blocks"],
         remarks=tuple(rows.notes()),
     )
     with ui.progress() as progress:

@@ -111,6 +111,8 @@ class TrainingSpec(_Section):
     max_length: int = Field(2048, ge=16)
     teacher_dtype: Literal["auto", "int8"] = "auto"
     checkpointing: bool = False
+    kept_blocks: int = Field(0, ge=0)
+    compile_blocks: bool = False
     seeds: tuple[int, ...] = Field((0,), min_length=1)
 
 

@@ -6,7 +6,6 @@ the compiler can make one pass over the weights of it.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,16 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qatbench.errors import NumericsError, PrerequisiteError, ShapeError
+from qatbench.errors import NumericsError, ShapeError
 from qatbench.quant import grid as grids
 from qatbench.quant.grid import Grid
 
 CHUNK = 1 << 24
 """Weights that the eager arithmetic holds in fp32 at a time: at most 64 MiB a temporary."""
-# Triton divides to 2 ulp unless told otherwise: a weight half-way between two codes could then be
-# trained on one and packed as the other. The option's names, newest torch first.
-_EXACT_DIVISION = ("eager_numerics.division_rounding", "emulate_divison_rounding")
-_SHAPES = 256  # kernels of different shapes, dtypes and grids in one process
 
 
 @dataclass(frozen=True)
@@ -86,6 +81,10 @@ def fake_quant(
     dtype = out_dtype or torch.promote_types(weight.dtype, torch.float32)
     if torch.float64 in (weight.dtype, log_scale.dtype):
         kernels = EAGER  # the others are written for what models are trained in
+    elif torch.compiler.is_compiling():
+        settings = grid.bits, grid.group_size, gradient_factor, dtype
+        result: Tensor = _operator(weight, log_scale, *settings)
+        return result
     return (kernels or EAGER)(weight, log_scale, grid, gradient_factor, dtype)
 
 
@@ -187,87 +186,80 @@ def _chunks(weight: Tensor) -> list[slice]:
 EAGER = Kernels(_eager_forward, _eager_backward)
 
 
-@functools.cache
-def compiled() -> Kernels:
-    """The same arithmetic through torch.compile: one pass over the weights forward, one backward.
-
-    Codes are those of EAGER to the bit (division is rounded as eager's is; the scales, whose way
-    through fp16 the compiler would shorten, are rounded outside); sums of scale gradients differ
-    by their order.
-
-    Raises: PrerequisiteError if the compiler cannot divide exactly.
-    """
-    import torch._inductor.config as inductor
-
-    known = [name for name in _EXACT_DIVISION if name in inductor.get_config_copy()]
-    if not known:
-        raise PrerequisiteError(
-            f"the compiler of torch {torch.__version__} cannot round divisions as eager does",
-            hint="use a newer torch, or --no-compile",
-        )
-    exact: dict[str, Any] = {known[0]: True}
-    make = functools.partial(torch.compile, fullgraph=True, dynamic=False, options=exact)
-    return Kernels(_unlimited(make(_quantize)), _unlimited(make(_straight_through)))
+# --- one operator, for whoever compiles the model around it ---------------------------------------
+# Inside a larger graph the compiler would leave the scales' way through fp16 out.
 
 
-def _unlimited(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Lift dynamo's limit of 8 variants, which the layers of a model or two soon exceed.
+@torch.library.custom_op("qatbench::fake_quant", mutates_args=())
+def _operator(
+    weight: Tensor,
+    log_scale: Tensor,
+    bits: int,
+    group_size: int,
+    gradient_factor: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    grid, scales = Grid(bits, group_size), log_scale.exp()
+    if weight.is_cuda:
+        from qatbench.quant import fake_quant_triton
 
-    It matters, and is lifted, only where a new variant is compiled.
-    """
-    seen: set[tuple[Any, ...]] = set()
-
-    def run(*arguments: Any) -> Any:
-        key = tuple(
-            (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x
-            for x in arguments
-        )
-        if key in seen:
-            return function(*arguments)
-        with torch._dynamo.config.patch(
-            recompile_limit=_SHAPES, accumulated_recompile_limit=_SHAPES
-        ):
-            result = function(*arguments)
-        seen.add(key)
-        return result
-
-    return run
+        return fake_quant_triton.quantized(weight, scales, grid, dtype)
+    return EAGER.forward(weight, grids.round_scales(scales, grid), grid.qmin, grid.qmax, dtype)
 
 
-def working(device: torch.device) -> Arithmetic:
-    """The fastest arithmetic of a device, once it is sure that it works: Triton's, or `compiled`.
-
-    Raises: PrerequisiteError if there is no compiler, or it computes other codes than eager does.
-    """
-    weight = torch.linspace(-1, 1, 64, device=device).reshape(4, 16).requires_grad_()
-    problem = (weight, torch.full((4, 2), 0.125, device=device).log(), Grid(4, 8), 1.0)
-    why = ""
-    if torch._dynamo.config.disable:
-        why = "it is switched off"
-    else:
-        made: Arithmetic = EAGER
-        try:
-            made = _made_for(device)
-            got = made(*problem, torch.float32)
-            got.sum().backward()  # type: ignore[no-untyped-call]
-            if not torch.equal(got, EAGER(*problem, torch.float32)):
-                why = "it computes other codes than eager does"
-        except PrerequisiteError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a missing compiler shows in a dozen types
-            lines = str(error).strip().splitlines() or [""]
-            why = f"{type(error).__name__}: {lines[0][:200]}"
-        if not why:
-            return made
-    raise PrerequisiteError(
-        f"torch.compile does not work on {device.type} here: {why}",
-        hint="--no-compile; or install a C++ compiler (CPU) or Triton (CUDA)",
-    )
+@_operator.register_fake
+def _(
+    weight: Tensor,
+    log_scale: Tensor,
+    bits: int,
+    group_size: int,
+    gradient_factor: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    return torch.empty(weight.shape, dtype=dtype, device=weight.device)
 
 
-def _made_for(device: torch.device) -> Arithmetic:
-    if device.type != "cuda":
-        return compiled()
-    from qatbench.quant.fake_quant_triton import fused
+@torch.library.custom_op("qatbench::fake_quant_gradients", mutates_args=())
+def _gradients(
+    grad: Tensor,
+    weight: Tensor,
+    log_scale: Tensor,
+    bits: int,
+    group_size: int,
+    gradient_factor: float,
+) -> tuple[Tensor, Tensor]:
+    grid, scales = Grid(bits, group_size), log_scale.exp()
+    if weight.is_cuda:
+        from qatbench.quant import fake_quant_triton
 
-    return fused
+        return fake_quant_triton.gradients(grad, weight, scales, grid, gradient_factor)
+    scales = grids.round_scales(scales, grid)
+    by_weight, by_scale = EAGER.backward(grad, weight, scales, grid.qmin, grid.qmax, True, True)
+    assert by_weight is not None  # both were asked for
+    assert by_scale is not None
+    return by_weight, by_scale * scales * gradient_factor
+
+
+@_gradients.register_fake
+def _(
+    grad: Tensor,
+    weight: Tensor,
+    log_scale: Tensor,
+    bits: int,
+    group_size: int,
+    gradient_factor: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), torch.empty_like(log_scale)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, log_scale, *ctx.rest, _ = inputs
+    ctx.save_for_backward(weight, log_scale)
+
+
+def _back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    by_weight, by_scale = _gradients(grad, *ctx.saved_tensors, *ctx.rest)
+    return by_weight, by_scale, None, None, None, None
+
+
+_operator.register_autograd(_back, setup_context=_keep)

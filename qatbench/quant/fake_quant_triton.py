@@ -35,17 +35,12 @@ def fused(
 
     The weight is of 16 or 32 bits, on CUDA.
     """
-    if torch.compiler.is_compiling():
-        result: Tensor = _operator(
-            weight, log_scale, grid.bits, grid.group_size, gradient_factor, dtype
-        )
-    else:
-        result = _Fused.apply(weight, log_scale, grid, gradient_factor, dtype)
+    result: Tensor = _Fused.apply(weight, log_scale, grid, gradient_factor, dtype)
     return result
 
 
 class _Fused(torch.autograd.Function):
-    """Without the dispatcher's way to an operator, which costs the host as much as the launch."""
+    """One pass over the weights each way; keeps them and one number a scale."""
 
     @staticmethod
     def forward(
@@ -115,70 +110,6 @@ def _on(weight: Tensor) -> contextlib.AbstractContextManager[Any]:
     if weight.is_cuda and weight.get_device() != torch.cuda.current_device():
         return torch.cuda.device(weight.device)
     return contextlib.nullcontext()
-
-
-# --- one operator, for whoever compiles the model around it ---------------------------------------
-
-
-@torch.library.custom_op("qatbench::fake_quant", mutates_args=())
-def _operator(
-    weight: Tensor,
-    log_scale: Tensor,
-    bits: int,
-    group_size: int,
-    gradient_factor: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    return quantized(weight, log_scale.exp(), Grid(bits, group_size), dtype)
-
-
-@_operator.register_fake
-def _(
-    weight: Tensor,
-    log_scale: Tensor,
-    bits: int,
-    group_size: int,
-    gradient_factor: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    return torch.empty(weight.shape, dtype=dtype, device=weight.device)
-
-
-@torch.library.custom_op("qatbench::fake_quant_gradients", mutates_args=())
-def _operator_gradients(
-    grad: Tensor,
-    weight: Tensor,
-    log_scale: Tensor,
-    bits: int,
-    group_size: int,
-    gradient_factor: float,
-) -> tuple[Tensor, Tensor]:
-    return gradients(grad, weight, log_scale.exp(), Grid(bits, group_size), gradient_factor)
-
-
-@_operator_gradients.register_fake
-def _(
-    grad: Tensor,
-    weight: Tensor,
-    log_scale: Tensor,
-    bits: int,
-    group_size: int,
-    gradient_factor: float,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(weight), torch.empty_like(log_scale)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, log_scale, *ctx.rest, _ = inputs
-    ctx.save_for_backward(weight, log_scale)
-
-
-def _back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    by_weight, by_scale = _operator_gradients(grad, *ctx.saved_tensors, *ctx.rest)
-    return by_weight, by_scale, None, None, None, None
-
-
-_operator.register_autograd(_back, setup_context=_keep)
 
 
 # --- the kernels ----------------------------------------------------------------------------------

@@ -21,15 +21,9 @@ from torch import Tensor, nn
 
 from qatbench.errors import UsageError
 from qatbench.quant import grid as grids
-from qatbench.quant.fake_quant import (
-    EAGER,
-    Arithmetic,
-    Kernels,
-    fake_quant,
-    lsq_gradient_factor,
-    working,
-)
+from qatbench.quant.fake_quant import EAGER, Arithmetic, fake_quant, lsq_gradient_factor
 from qatbench.quant.grid import Grid
+from qatbench.quant.kernels import working
 
 __all__ = [
     "FakeQuantLinear", "attach", "compile_layers", "detach", "fake_quant", "lsq_gradient_factor",
@@ -172,16 +166,13 @@ def quantized_layers(model: nn.Module) -> dict[str, FakeQuantLinear]:
 def compile_layers(model: nn.Module, device: torch.device) -> None:
     """Let every FakeQuantLinear below `model` compute with the fastest kernels of the device.
 
-    Whoever compiles the model around them finds one operator there on CUDA, and a break elsewhere:
-    inside a larger graph the compiler would leave the scales' way through fp16 out.
+    Whoever compiles the model around them finds one operator there.
 
     Raises: PrerequisiteError if there is no working compiler for the device.
     """
     kernels = working(device)
     for layer in quantized_layers(model).values():
         layer.kernels = kernels
-        if isinstance(kernels, Kernels):
-            layer.on_grid = torch.compiler.disable(layer.on_grid)  # type: ignore
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

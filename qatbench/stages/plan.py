@@ -180,7 +180,8 @@ class Plan:
         return train_settings(self.recipe, arm, seed)
 
 
-HOW = ("teacher_dtype", "checkpointing")  # of `training`: where and how a run runs
+# Of `training`: where and how a run runs.
+HOW = ("teacher_dtype", "checkpointing", "kept_blocks", "compile_blocks")
 
 
 def train_settings(recipe: Recipe, arm: Arm, seed: int, **overrides: Any) -> TrainSettings:

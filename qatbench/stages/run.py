@@ -21,7 +21,7 @@ from qatbench.report.model import Comparison
 from qatbench.stages import compare as comparing
 from qatbench.stages.common import Progress
 from qatbench.stages.evaluate import evaluate, run_folder
-from qatbench.stages.plan import Plan, Unit, model_of
+from qatbench.stages.plan import HOW, Plan, Unit, model_of
 from qatbench.stages.quantize import QuantizeSettings, quantize
 from qatbench.stages.train import TrainRequest, train
 from qatbench.stages.train_settings import TrainSettings
@@ -199,6 +199,5 @@ def request_of(plan: Plan, unit: Unit, save_every: int) -> TrainRequest:
         save_every,
         remarks=tuple(plan.train_set.notes()),
         init=model_of(plan, unit.init) if unit.init else None,
-        teacher_dtype=how.teacher_dtype,
-        checkpointing=how.checkpointing,
+        **{name: getattr(how, name) for name in HOW},
     )

@@ -12,14 +12,17 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from qatbench.errors import UsageError
+from qatbench.errors import PrerequisiteError, UsageError
 from qatbench.quant import grid as grids
 from qatbench.quant import lsq
 from qatbench.quant.grid import Grid
 from qatbench.stages.train_settings import QUANTIZED, TrainSettings
 from qatbench.vlm import layout
 from qatbench.vlm import load as models
+from qatbench.vlm.layout import Architecture
 from qatbench.vlm.load import Loaded, ModelFolder
+
+GRAPHS = 64  # of one decoder block's code, before dynamo gives up
 
 
 @dataclass
@@ -37,12 +40,16 @@ def prepare(
     device: str,
     *,
     checkpointing: bool = False,
+    kept_blocks: int = 0,
     compile: bool = False,
+    compile_blocks: bool = False,
     scales: Mapping[str, Tensor] | None = None,
 ) -> Student:
     """Load the student, or the packed checkpoint of it to start from, in training mode.
 
     `scales` (out, groups) by layer are those to start from, instead of packed or searched ones.
+    `checkpointing` recomputes the activations of every decoder block but the last `kept_blocks`:
+    those are freed before the gradients of the others take their room.
 
     Raises: UsageError for settings or an `init` that do not fit the model; PrerequisiteError where
         `compile` is asked for and there is no compiler.
@@ -67,7 +74,32 @@ def prepare(
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        blocks = list(model.get_submodule(arch.layers).children())
+        for block in blocks[len(blocks) - min(kept_blocks, len(blocks)) :]:
+            block.gradient_checkpointing = False
+    if compile_blocks:
+        compile_decoder(model, arch)
+        made.notes.append("decoder blocks compiled: their activations are rounded in fewer places")
     return made
+
+
+def compile_decoder(model: nn.Module, arch: Architecture) -> None:
+    """Let every decoder block compute as one compiled graph each way, its checkpoint included.
+
+    Of a block there are some graphs: of student and teacher, with activations kept or not, for the
+    first length and for any. Dynamo's limit of 8, beyond which it goes on in eager without an
+    error, is lifted for the process.
+
+    Raises: PrerequisiteError where the compiler is switched off.
+    """
+    if torch._dynamo.config.disable:
+        raise PrerequisiteError(
+            "compiled blocks need torch.compile, which is switched off",
+            hint="unset TORCHDYNAMO_DISABLE, or leave --compile-blocks out",
+        )
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    for block in model.get_submodule(arch.layers).children():
+        block.compile()
 
 
 def rebuilt(

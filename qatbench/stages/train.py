@@ -27,6 +27,7 @@ from qatbench.quant import lsq
 from qatbench.quant.grid import Grid
 from qatbench.quant.result import Quantized, QuantizedLinear
 from qatbench.stages import distributed, export, optimizers, train_state
+from qatbench.stages import student as students
 from qatbench.stages.common import Progress, silent
 from qatbench.stages.distributed import ALONE, World, gather
 from qatbench.stages.objective import Distillation, StepLoss, accumulate
@@ -110,10 +111,10 @@ class TrainingRun:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         torch.manual_seed(self.settings.seed)
-        made = prepare(
-            self.settings, request.student, request.init, device,
-            checkpointing=request.checkpointing, compile=self._compiles(),
-        )  # fmt: skip
+        if world.sharded and request.compile_blocks:
+            raise UsageError("compiled blocks cannot be sharded", hint="leave one of the two out")
+        how = request.how(self.device.type)
+        made = prepare(self.settings, request.student, request.init, device, **how)
         self.student, self.notes = made.loaded, made.notes
         self.teacher = self._teacher(device)
         self.data = TrainingData(
@@ -142,11 +143,6 @@ class TrainingRun:
             )
         return torch.bfloat16
 
-    def _compiles(self) -> bool:
-        if self.request.compile is None:
-            return self.device.type == "cuda" and not torch._dynamo.config.disable
-        return self.request.compile
-
     def _teacher(self, device: str) -> Loaded | None:
         request, weights = self.request, self.request.teacher_dtype
         if self.settings.method not in TAUGHT:
@@ -157,7 +153,10 @@ class TrainingRun:
             )
         if weights == "int8" and self.world.sharded:
             raise UsageError("an int8 teacher cannot be sharded", hint="leave one of the two out")
-        return load_teacher(request.teacher, self.student, device, self.dtype, weights)
+        teacher = load_teacher(request.teacher, self.student, device, self.dtype, weights)
+        if request.compile_blocks:
+            students.compile_decoder(teacher.model, teacher.arch)
+        return teacher
 
     def fit(self, progress: Progress) -> None:
         """Run the remaining steps, saving the state now and then."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from qatbench.records import Question
 from qatbench.stages.train_settings import TrainSettings
@@ -27,9 +29,23 @@ class TrainRequest:
     init: ModelFolder | None = None  # a packed checkpoint of the student to start from
     teacher_dtype: Literal["auto", "int8"] = "auto"  # of the frozen teacher's weights
     checkpointing: bool = False  # recompute activations in the backward pass
+    kept_blocks: int = 0  # but for those of the last decoder blocks
     compile: bool | None = None  # the fake quantization; default: on CUDA
+    compile_blocks: bool = False  # the decoder blocks of student and teacher
     remarks: tuple[str, ...] = ()  # on the training data, for the report
     leakage: tuple[str, ...] = ()  # which evaluation questions are among them, for the report
+
+    def how(self, device: str) -> dict[str, Any]:
+        """What `student.prepare` is told of memory and compilation, for a type of device."""
+        compiles = self.compile
+        if compiles is None:
+            compiles = device == "cuda" and not torch._dynamo.config.disable
+        return {
+            "checkpointing": self.checkpointing,
+            "kept_blocks": self.kept_blocks,
+            "compile": compiles,
+            "compile_blocks": self.compile_blocks,
+        }
 
     @property
     def samples(self) -> list[Item]:

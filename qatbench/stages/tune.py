@@ -20,7 +20,7 @@ from qatbench.recipe import ArmRef, Recipe, TuningSpec
 from qatbench.records import Prediction, Question
 from qatbench.stages.common import Progress
 from qatbench.stages.evaluate import EvalSettings, answer_all
-from qatbench.stages.plan import train_settings
+from qatbench.stages.plan import HOW, train_settings
 from qatbench.stages.train import TrainingRun, TrainRequest, train
 from qatbench.stages.train_settings import TrainSettings
 from qatbench.stages.workers import Job
@@ -183,7 +183,7 @@ class _Bench:
         how = self.recipe.training_of(arm)
         return TrainRequest(
             settings, self.student, teacher, self._others(fold), self.device, settings.steps + 1,
-            teacher_dtype=how.teacher_dtype, checkpointing=how.checkpointing,
+            **{name: getattr(how, name) for name in HOW},
         )  # fmt: skip
 
     def _others(self, fold: int) -> list[Question]:

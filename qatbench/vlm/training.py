@@ -70,9 +70,10 @@ class MicroBatch:
     """Model inputs and where they are supervised.
 
     Shapes: input_ids (B, L); position_ids (B, L), (3, B, L) for M-RoPE; attention_mask
-    (B, 1, L, L), True where i sees j; where (N,) flat positions whose output predicts the
-    supervised target (N,), rising; every (M,) and every_target (M,): the same for all tokens of
-    text, supervised or not; images: flat positions of each image's visual tokens.
+    (B, 1, L, L), True where i sees j, absent where each sequence is one row (causal order says
+    it all then, and attention is faster without a mask); where (N,) flat positions whose output
+    predicts the supervised target (N,), rising; every (M,) and every_target (M,): the same for all
+    tokens of text, supervised or not; images: flat positions of each image's visual tokens.
     """
 
     inputs: dict[str, Tensor]
@@ -181,15 +182,17 @@ class TrainingData:
                 end, first = at + len(row), b * length + at
                 tokens = torch.tensor(row.ids)
                 ids[b, at:end] = tokens
-                positions[..., b, at:end] = row.prompt.positions(len(row.rest))
+                places = row.prompt.positions(len(row.rest) + (length - at - len(row)))
+                positions[..., b, at:] = places  # padding goes on counting: no new sequence
                 owner[b, at:end] = number
                 where += [torch.arange(first + i - 1, first + j - 1) for i, j in row.spans]
                 text = tokens[1:] != (-1 if self.image_token is None else self.image_token)
                 every.append(text.nonzero()[:, 0] + first)
                 images += [places + first for places in self._images(row.prompt)]
                 at = end
-        mask = (owner[:, :, None] == owner[:, None]).tril()
-        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask[:, None]}
+        inputs = {"input_ids": ids, "position_ids": positions}
+        if any(len(pack) > 1 for pack in packs):
+            inputs["attention_mask"] = (owner[:, :, None] == owner[:, None]).tril()[:, None]
         inputs = {name: value.to(device) for name, value in inputs.items()}
         inputs |= pixel_batch([row.prompt for pack in packs for row in pack], device, dtype)
         flat = inputs["input_ids"].reshape(-1)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from test_lsq import REAL, outcome, real_problem
-from torch import Tensor, nn
+from torch import Tensor
 
 from qatbench.quant.fake_quant import fake_quant
 from qatbench.quant.grid import Grid
@@ -101,23 +101,3 @@ def test_the_gradient_factor_and_an_upstream_gradient_that_is_not_contiguous() -
         found.append(torch.autograd.grad(value.T, inputs, upstream.T.contiguous()))
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-5)
-
-
-@runs_here
-def test_a_model_compiled_around_them_finds_one_operator() -> None:
-    from qatbench.quant import fake_quant_triton, lsq
-
-    model = nn.Sequential(nn.Linear(64, 32), nn.SiLU(), nn.Linear(32, 8))
-    lsq.attach(model, ["0", "2"], Grid(4, 32))
-    model.to(DEVICE)
-    x = torch.randn(3, 64, device=DEVICE)
-    found = []
-    for compiled in (False, True):
-        for layer in lsq.quantized_layers(model).values():
-            layer.kernels = fake_quant_triton.fused
-            layer.gradient_factor = 0.5
-        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
-        loss = run(x).square().sum()
-        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

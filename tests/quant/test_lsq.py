@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qatbench.errors import NumericsError, PrerequisiteError, ShapeError, UsageError
 from qatbench.quant import fake_quant as arithmetic
+from qatbench.quant import kernels as of_device
 from qatbench.quant.grid import LSQ_RATIOS, Grid, dequantize, quantize, round_scales, search_scales
 from qatbench.quant.lsq import (
     FakeQuantLinear,
@@ -428,11 +429,26 @@ def _compiler() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_kernels_give_the_codes_of_eager_to_the_bit(dtype: torch.dtype) -> None:
     for grid in (Grid(4, 32), Grid(3, 128), Grid(8, -1)):
-        eager, made = outcome(grid, dtype), outcome(grid, dtype, arithmetic.compiled())
+        eager, made = outcome(grid, dtype), outcome(grid, dtype, of_device.compiled())
         assert torch.equal(made[0], eager[0])
         assert torch.equal(made[1], eager[1])
         # fp32 sums of up to 256 terms below qmax in another order
         torch.testing.assert_close(made[2], eager[2], rtol=1e-5, atol=1e-5 * grid.qmax)
+
+
+@pytest.mark.usefixtures("_compiler")
+def test_a_model_compiled_around_the_layers_finds_one_operator() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.SiLU(), nn.Linear(32, 8))
+    attach(model, ["0", "2"], Grid(4, 32))
+    for layer in quantized_layers(model).values():
+        layer.gradient_factor = 0.5
+    x = torch.randn(3, 64)
+    found = []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        loss = run(x).square().sum()
+        found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.usefixtures("_compiler")
@@ -464,8 +480,8 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) 
     def missing(*arguments: object) -> Tensor:
         raise RuntimeError("no compiler")
 
-    kernels = arithmetic.Kernels(missing, missing)  # type: ignore[arg-type]
-    monkeypatch.setattr(arithmetic, "compiled", lambda: kernels)
+    broken = arithmetic.Kernels(missing, missing)  # type: ignore[arg-type]
+    monkeypatch.setattr(of_device, "compiled", lambda: broken)
     with (
         torch._dynamo.config.patch(disable=False),
         pytest.raises(PrerequisiteError, match="no compiler"),

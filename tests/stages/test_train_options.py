@@ -228,6 +228,43 @@ def test_checkpointing_changes_nothing(ask: Any, tmp_path: Path) -> None:
     assert plain == again  # the CPU repeats its sums in the same order
 
 
+def test_the_last_blocks_may_keep_their_activations(ask: Any, tmp_path: Path) -> None:
+    runs, recomputed = {}, {}
+    for kept in (0, 1, 99):
+        asked = ask("llava", SETTINGS, checkpointing=True, kept_blocks=kept)
+        runs[kept] = TrainingRun(asked, "cpu", tmp_path / str(kept))
+        blocks = runs[kept].student.model.model.language_model.layers
+        recomputed[kept] = [block.gradient_checkpointing for block in blocks]
+    n = len(recomputed[0])
+    assert n > 1
+    assert recomputed == {0: [True] * n, 1: [True] * (n - 1) + [False], 99: [False] * n}
+    losses = {run.step(0)["ce"] for run in runs.values()}
+    gradients = [torch.cat([p.flatten() for p in run.parameters.values()]) for run in runs.values()]
+    assert len(losses) == 1
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
+
+
+def test_compiled_blocks_train_as_eager_ones_at_any_length(ask: Any, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, method="grace", steps=3, packing="group")
+    with pytest.raises(PrerequisiteError, match="switched off"):  # switched off for these tests
+        TrainingRun(ask("llava", settings, compile_blocks=True), "cpu", tmp_path)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(disable=False):
+        for name, on in (("eager", False), ("compiled", True)):
+            asked = ask("llava", settings, compile_blocks=on, checkpointing=on, kept_blocks=1)
+            run = TrainingRun(asked, "cpu", tmp_path / name)
+            (tmp_path / name).mkdir()
+            run.fit(silent)
+        counts = torch._dynamo.utils.counters
+        assert counts["stats"]["unique_graphs"] >= 2  # a student's block, a teacher's block
+        assert not counts["graph_break"]
+    assert any("compiled" in note for note in run.notes)
+    for one, other in zip(lines(tmp_path / "eager"), lines(tmp_path / "compiled"), strict=True):
+        for term in ("ce", "kd", "rcka"):  # fp32 sums in another order
+            assert one[term] == pytest.approx(other[term], rel=1e-4, abs=1e-5)
+
+
 def test_compiled_training_is_eager_training(ask: Any, tmp_path: Path) -> None:
     with pytest.raises(PrerequisiteError, match="switched off"):  # switched off for these tests
         TrainingRun(ask("text", SETTINGS, compile=True), "cpu", tmp_path)
