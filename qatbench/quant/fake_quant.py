@@ -65,7 +65,7 @@ def fake_quant(
 
     Shapes: weight (out, in) of any float dtype; log_scale (out, groups) fp32 or fp64.
     Returns: (out, in) fp32 (fp64 for an fp64 weight), equal to
-        dequantize(quantize(weight, s), s) with s = round_scales(exp(log_scale)); in `out_dtype`
+        dequantize(quantize(weight, s), s) with s = grid.stored_scales(log_scale); in `out_dtype`
         where that is given: the same value, rounded once.
     Raises: ShapeError if the scales are not one a group; NumericsError if log_scale has a 16-bit
         dtype.
@@ -75,15 +75,18 @@ def fake_quant(
             f"log_scale is {log_scale.dtype}: a scale would be off by percents",
             hint="keep log_scale in float32 and use autocast for 16-bit arithmetic",
         )
-    expected = tuple(grids.grouped(weight, grid).shape[:2])
+    expected = (weight.shape[0], grid.groups(weight.shape[1]))
     if log_scale.shape != expected:
         raise ShapeError(f"scales {tuple(log_scale.shape)}, expected {expected} (outputs, groups)")
     dtype = out_dtype or torch.promote_types(weight.dtype, torch.float32)
     if torch.float64 in (weight.dtype, log_scale.dtype):
         kernels = EAGER  # the others are written for what models are trained in
     elif torch.compiler.is_compiling():
+        operator = _operator
+        if weight.is_cuda and INLINE:
+            from qatbench.quant.fake_quant_triton import operator
         settings = grid.bits, grid.group_size, gradient_factor, dtype
-        result: Tensor = _operator(weight, log_scale, *settings)
+        result: Tensor = operator(weight, log_scale, *settings)
         return result
     return (kernels or EAGER)(weight, log_scale, grid, gradient_factor, dtype)
 
@@ -108,7 +111,7 @@ class _FakeQuant(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, log_scale)
         ctx.grid, ctx.gradient_factor, ctx.kernels = grid, gradient_factor, kernels
-        scales = grids.round_scales(log_scale.exp(), grid)
+        scales = grids.stored_scales(log_scale, grid)
         return kernels.forward(weight.detach(), scales, grid.qmin, grid.qmax, dtype)
 
     @staticmethod
@@ -116,7 +119,7 @@ class _FakeQuant(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, log_scale = ctx.saved_tensors
         grid: Grid = ctx.grid
-        scales = grids.round_scales(log_scale.exp(), grid)
+        scales = grids.stored_scales(log_scale, grid)
         wanted = ctx.needs_input_grad
         grad_weight, per_scale = ctx.kernels.backward(
             grad, weight.detach(), scales, grid.qmin, grid.qmax, wanted[0], wanted[1]
@@ -187,7 +190,11 @@ EAGER = Kernels(_eager_forward, _eager_backward)
 
 
 # --- one operator, for whoever compiles the model around it ---------------------------------------
-# Inside a larger graph the compiler would leave the scales' way through fp16 out.
+# Inside a larger graph the compiler would leave the scales' way through fp16 out. This one is for
+# the CPU; CUDA has that of `fake_quant_triton`.
+
+
+INLINE = True
 
 
 @torch.library.custom_op("qatbench::fake_quant", mutates_args=())
@@ -199,12 +206,13 @@ def _operator(
     gradient_factor: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    grid, scales = Grid(bits, group_size), log_scale.exp()
+    grid = Grid(bits, group_size)
     if weight.is_cuda:
-        from qatbench.quant import fake_quant_triton
+        from qatbench.quant import fake_quant_triton as fast
 
-        return fake_quant_triton.quantized(weight, scales, grid, dtype)
-    return EAGER.forward(weight, grids.round_scales(scales, grid), grid.qmin, grid.qmax, dtype)
+        return fast._quantized(weight, log_scale, grid, dtype, fast._quantize)
+    scales = grids.stored_scales(log_scale, grid)
+    return EAGER.forward(weight, scales, grid.qmin, grid.qmax, dtype)
 
 
 @_operator.register_fake
@@ -228,12 +236,13 @@ def _gradients(
     group_size: int,
     gradient_factor: float,
 ) -> tuple[Tensor, Tensor]:
-    grid, scales = Grid(bits, group_size), log_scale.exp()
+    grid = Grid(bits, group_size)
     if weight.is_cuda:
-        from qatbench.quant import fake_quant_triton
+        from qatbench.quant import fake_quant_triton as fast
 
-        return fake_quant_triton.gradients(grad, weight, scales, grid, gradient_factor)
-    scales = grids.round_scales(scales, grid)
+        kernel = fast._straight_through
+        return fast._gradients(grad, weight, log_scale, grid, gradient_factor, kernel)
+    scales = grids.stored_scales(log_scale, grid)
     by_weight, by_scale = EAGER.backward(grad, weight, scales, grid.qmin, grid.qmax, True, True)
     assert by_weight is not None  # both were asked for
     assert by_scale is not None

@@ -1,17 +1,18 @@
 """The arithmetic of group-wise LSQ as two Triton kernels: one pass over the weights each way.
 
-The formulas are in `qatbench.quant.lsq`. Against `torch.compile` of the same arithmetic, a kernel
-is launched in a fraction of the host's time, which is what a layer of 7B waits for below about
-2000 tokens; and it is one operator to whoever compiles the model around it.
+The formulas are in `qatbench.quant.lsq`. A weight in bf16 moves 2 + 2 bytes forward and 2 + 2 + 2
+backward. Against `torch.compile` of the same arithmetic, a kernel is launched in a fraction of the
+host's time, which is what a layer of 7B waits for below about 2000 tokens; inside a compiled block
+the compiler launches it itself.
 
-Weights of 2 + 2 bytes a pass forward, 2 + 2 + 2 backward in bf16. Codes are those of the eager
-arithmetic to the bit: division rounds to nearest (div_rn), scales are clamped and go through fp16
-as `grid.round_scales` has it, and their exp is torch's own.
+Codes are those of the eager arithmetic to the bit: division rounds to nearest (div_rn), and the
+scales are found as `grid.stored_scales` finds them, in fp64.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,13 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.library import triton_op, wrap_triton
 
 from qatbench.quant import grid as grids
 from qatbench.quant.grid import Grid
 
 TILE = 4096
 """Weights that a program holds, unless one group is longer."""
-_ROUNDER = tl.constexpr(1.5 * 2**23)  # x + it - it rounds |x| < 2^22 to an integer, ties to even
 
 
 def fused(
@@ -40,7 +41,7 @@ def fused(
 
 
 class _Fused(torch.autograd.Function):
-    """One pass over the weights each way; keeps them and one number a scale."""
+    """The operator below without the dispatcher, which costs the host as much as a launch."""
 
     @staticmethod
     def forward(
@@ -51,86 +52,128 @@ class _Fused(torch.autograd.Function):
         gradient_factor: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        scales = log_scale.exp()
-        ctx.save_for_backward(weight, scales)
+        ctx.save_for_backward(weight, log_scale)
         ctx.grid, ctx.gradient_factor = grid, gradient_factor
-        return quantized(weight, scales, grid, dtype)
+        return _quantized(weight, log_scale, grid, dtype, _quantize)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scales = ctx.saved_tensors
-        return *gradients(grad, weight, scales, ctx.grid, ctx.gradient_factor), None, None, None
+        weight, log_scale = ctx.saved_tensors
+        found = _gradients(
+            grad, weight, log_scale, ctx.grid, ctx.gradient_factor, _straight_through
+        )
+        return *found, None, None, None
 
 
-def quantized(weight: Tensor, scales: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """Codes times scales: weight (out, in), scales (out, groups) fp32 as they are learned."""
-    weight, scales = weight.contiguous(), scales.contiguous()
+def _quantized(
+    weight: Tensor, log_scale: Tensor, grid: Grid, dtype: torch.dtype, kernel: Any
+) -> Tensor:
+    """Codes times scales (out, in)."""
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    group, rows, width, warps = _tile(weight, scales)
+    launch, constants = _launch(kernel, weight, log_scale, grid)
     with _on(weight):
-        _quantize[(triton.cdiv(scales.numel(), rows),)](
-            weight, scales, out, scales.numel(), *_bounds(grid), group, rows, width,
-            num_warps=warps,
-        )  # fmt: skip
+        launch(weight.contiguous(), log_scale.contiguous(), out, log_scale.numel(), **constants)
     return out
 
 
-def gradients(
-    grad: Tensor, weight: Tensor, scales: Tensor, grid: Grid, gradient_factor: float
+def _gradients(
+    grad: Tensor,
+    weight: Tensor,
+    log_scale: Tensor,
+    grid: Grid,
+    gradient_factor: float,
+    kernel: Any,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weight (out, in) in its dtype and of the scales' logs (out, groups) fp32."""
-    grad, weight, scales = grad.contiguous(), weight.contiguous(), scales.contiguous()
-    by_weight, by_scale = torch.empty_like(weight), torch.empty_like(scales)
-    group, rows, width, warps = _tile(weight, scales)
+    weight, log_scale = weight.contiguous(), log_scale.contiguous()
+    by_weight, by_scale = torch.empty_like(weight), torch.empty_like(log_scale)
+    launch, constants = _launch(kernel, weight, log_scale, grid)
     with _on(weight):
-        _straight_through[(triton.cdiv(scales.numel(), rows),)](
-            grad, weight, scales, by_weight, by_scale, scales.numel(), gradient_factor,
-            *_bounds(grid), group, rows, width, num_warps=warps,
+        launch(
+            grad.contiguous(), weight, log_scale, by_weight, by_scale, log_scale.numel(),
+            gradient_factor, **constants,
         )  # fmt: skip
     return by_weight, by_scale
 
 
-def _tile(weight: Tensor, scales: Tensor) -> tuple[int, int, int, int]:
-    """Weights of a group, groups of a tile, its width (a power of two) and warps."""
-    group = weight.numel() // scales.numel()
+def _launch(
+    kernel: Any, weight: Tensor, log_scale: Tensor, grid: Grid
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A kernel on its grid of programs, and its constants."""
+    groups = log_scale.numel()
+    group = weight.numel() // groups
     width = 1 << (group - 1).bit_length()
     rows = max(1, TILE // width)
-    return group, rows, width, 4 if rows * width <= TILE else 16
-
-
-def _bounds(grid: Grid) -> tuple[float, float, float, float]:
-    """Lowest and highest code, smallest and largest scale."""
-    largest = grids.LARGEST_FP16 / -grid.qmin
-    return float(grid.qmin), float(grid.qmax), grids.SMALLEST_SCALE, largest
+    constants: dict[str, Any] = {
+        "LOW": float(grid.qmin),
+        "HIGH": float(grid.qmax),
+        "SMALLEST": grids.SMALLEST_SCALE,
+        "LARGEST": grids.LARGEST_FP16 / -grid.qmin,
+        "GROUP": group,
+        "ROWS": rows,
+        "WIDTH": width,
+    }
+    if width > TILE:
+        constants["num_warps"] = 16
+    return kernel[((groups + rows - 1) // rows,)], constants
 
 
 def _on(weight: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launch where the tensor is."""
-    if weight.is_cuda and weight.get_device() != torch.cuda.current_device():
-        return torch.cuda.device(weight.device)
-    return contextlib.nullcontext()
+    """Launch where the tensor is; a compiler sees to that itself."""
+    here = torch.compiler.is_compiling() or not weight.is_cuda
+    if here or weight.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(weight.device)
+
+
+# --- operators that a compiler looks into ---------------------------------------------------------
+
+
+@triton_op("qatbench::fake_quant_triton", mutates_args=())
+def operator(
+    weight: Tensor,
+    log_scale: Tensor,
+    bits: int,
+    group_size: int,
+    gradient_factor: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`fused` for a compiled model."""
+    return _quantized(weight, log_scale, Grid(bits, group_size), dtype, wrap_triton(_quantize))
+
+
+@triton_op("qatbench::fake_quant_triton_gradients", mutates_args=())
+def _operator_gradients(
+    grad: Tensor,
+    weight: Tensor,
+    log_scale: Tensor,
+    bits: int,
+    group_size: int,
+    gradient_factor: float,
+) -> tuple[Tensor, Tensor]:
+    kernel = wrap_triton(_straight_through)
+    return _gradients(grad, weight, log_scale, Grid(bits, group_size), gradient_factor, kernel)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, log_scale, *ctx.rest, _ = inputs
+    ctx.save_for_backward(weight, log_scale)
+
+
+def _back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    by_weight, by_scale = _operator_gradients(grad, *ctx.saved_tensors, *ctx.rest)
+    return by_weight, by_scale, None, None, None, None
 
 
 # --- the kernels ----------------------------------------------------------------------------------
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _held(values, low, high):  # type: ignore[no-untyped-def]
-    """Clamp as torch does: NaN stays NaN."""
-    return tl.where(values < low, low, tl.where(values > high, high, values))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _steps(scales, rows, groups, SMALLEST: tl.constexpr, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Load scales as a checkpoint stores them."""
-    learned = tl.load(scales + rows, mask=rows < groups, other=1.0)
-    return _held(learned, SMALLEST, LARGEST).to(tl.float16).to(tl.float32)
+# NaN stays NaN in every clamp, hence the two wheres. 12582912 = 1.5 * 2^23: x + it - it rounds
+# |x| < 2^22 to an integer, ties to even. No helpers: the compiler above must see what is written.
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _quantize(  # type: ignore[no-untyped-def]
-    weight, scales, out, groups,
+    weight, log_scale, out, groups,
     LOW: tl.constexpr, HIGH: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -138,15 +181,19 @@ def _quantize(  # type: ignore[no-untyped-def]
     columns = tl.arange(0, WIDTH)
     here = (rows < groups)[:, None] & (columns < GROUP)[None, :]
     at = rows[:, None] * GROUP + columns[None, :]
-    step = _steps(scales, rows, groups, SMALLEST, LARGEST)[:, None]
+    step = tl.load(log_scale + rows, mask=rows < groups, other=0.0)
+    step = tl.exp(step.to(tl.float64)).to(tl.float32)
+    step = tl.where(step < SMALLEST, SMALLEST, tl.where(step > LARGEST, LARGEST, step))
+    step = step.to(tl.float16).to(tl.float32)[:, None]
     place = tl.div_rn(tl.load(weight + at, mask=here, other=0.0).to(tl.float32), step)
-    codes = (_held(place, LOW, HIGH) + _ROUNDER) - _ROUNDER
+    place = tl.where(place < LOW, LOW, tl.where(place > HIGH, HIGH, place))
+    codes = (place + 12582912.0) - 12582912.0
     tl.store(out + at, (codes * step).to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _straight_through(  # type: ignore[no-untyped-def]
-    grad, weight, scales, by_weight, by_scale, groups, factor,
+    grad, weight, log_scale, by_weight, by_scale, groups, factor,
     LOW: tl.constexpr, HIGH: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -154,11 +201,19 @@ def _straight_through(  # type: ignore[no-untyped-def]
     columns = tl.arange(0, WIDTH)
     here = (rows < groups)[:, None] & (columns < GROUP)[None, :]
     at = rows[:, None] * GROUP + columns[None, :]
-    step = _steps(scales, rows, groups, SMALLEST, LARGEST)
-    place = tl.div_rn(tl.load(weight + at, mask=here, other=0.0).to(tl.float32), step[:, None])
+    step = tl.load(log_scale + rows, mask=rows < groups, other=0.0)
+    step = tl.exp(step.to(tl.float64)).to(tl.float32)
+    step = tl.where(step < SMALLEST, SMALLEST, tl.where(step > LARGEST, LARGEST, step))
+    step = step.to(tl.float16).to(tl.float32)
+    wide = tl.load(weight + at, mask=here, other=0.0).to(tl.float32)
+    place = tl.div_rn(wide, step[:, None])
     upstream = tl.load(grad + at, mask=here, other=0.0).to(tl.float32)
     inside = ((place >= LOW) & (place <= HIGH)).to(tl.float32)
     tl.store(by_weight + at, (upstream * inside).to(by_weight.dtype.element_ty), mask=here)
-    codes = (_held(place, LOW, HIGH) + _ROUNDER) - _ROUNDER
+    held = tl.where(place < LOW, LOW, tl.where(place > HIGH, HIGH, place))
+    codes = (held + 12582912.0) - 12582912.0
     summed = tl.sum(upstream * (codes - place * inside), axis=1)
     tl.store(by_scale + rows, summed * step * factor, mask=rows < groups)
+
+
+operator.register_autograd(_back, setup_context=_keep)

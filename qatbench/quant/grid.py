@@ -98,6 +98,15 @@ def round_scales(scales: Tensor, grid: Grid) -> Tensor:
     return scales.clamp(SMALLEST_SCALE, LARGEST_FP16 / -grid.qmin).half().float()
 
 
+def stored_scales(log_scale: Tensor, grid: Grid) -> Tensor:
+    """Take the scales of their logarithms as a checkpoint stores them: same shape, fp32.
+
+    exp is taken in fp64, where no device's differs enough to end on another fp16: what is trained
+    on one and packed on another has the same scales.
+    """
+    return round_scales(log_scale.double().exp().float(), grid)
+
+
 def over_scales(weight: Tensor, scales: Tensor, grid: Grid, name: str = "") -> Tensor:
     """Place each weight on the grid, w / s, before rounding.
 

@@ -7,7 +7,7 @@ Gradients pass the rounding unchanged (straight-through):
     d(q s)/d log_scale = s * d(q s)/ds
 
 Source: LSQ, arXiv:1902.08153, Sec. 2.1; the log form without LSQ's gradient factor is GRACE's,
-arXiv:2601.22709. Ours: the forward rounds s as a checkpoint stores it (grid.round_scales; the
+arXiv:2601.22709. Ours: the forward rounds s as a checkpoint stores it (grid.stored_scales; the
 gradient ignores that rounding), so the layer that is trained is bit for bit the one that is packed.
 """
 
@@ -96,7 +96,7 @@ class FakeQuantLinear(nn.Module):
 
         Raises: NumericsError if a weight or a scale is not finite.
         """
-        scales = grids.round_scales(self.log_scale.exp(), self.grid)
+        scales = grids.stored_scales(self.log_scale, self.grid)
         return grids.quantize(self.weight, scales, self.grid), scales
 
     def extra_repr(self) -> str:

@@ -102,7 +102,7 @@ class World:
         Returns: the norm before that.
         """
         if not self.sharded:
-            return nn.utils.clip_grad_norm_(list(parameters), limit)
+            return _clip([p.grad for p in parameters if p.grad is not None], limit)
         pairs = [(p, _local(p.grad)) for p in parameters if p.grad is not None]
         squares = [0.0, 0.0]
         for parameter, grad in pairs:
@@ -111,6 +111,21 @@ class World:
         for _, grad in pairs:
             grad.mul_(min(1.0, limit / (norm + 1e-6)))
         return norm
+
+
+def _clip(gradients: Sequence[Tensor], limit: float) -> Tensor:
+    """`World.clip` in one process, without waiting for the device.
+
+    torch's own multiplies gradients of 16 bits one by one with a number of 32, at a third of the
+    memory's speed; here the number has their dtype (off by up to 2^-9 where it is not 1).
+    """
+    norm = nn.utils.get_total_norm(gradients)
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    kinds = {(gradient.device, gradient.dtype) for gradient in gradients}
+    for device, dtype in sorted(kinds, key=str):
+        some = [g for g in gradients if (g.device, g.dtype) == (device, dtype)]
+        torch._foreach_mul_(some, factor.to(device, dtype))
+    return norm
 
 
 ALONE = World()

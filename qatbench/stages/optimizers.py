@@ -4,7 +4,8 @@ adamw      torch.optim.AdamW, moments in the dtype of the parameters.
 adamw8bit  torchao's AdamW with moments of 8 bits in blocks of 256 (arXiv:2110.02861); 16-bit
            weights are rounded stochastically, so that updates below their resolution are not lost.
            The rounding of step n draws from a generator seeded by (seed, n) alone: a resumed run
-           draws what an uninterrupted one draws.
+           draws what an uninterrupted one draws. The scales, a hundredth of all parameters, have
+           torch's AdamW: 8 bits would save little, and the host is slow to go through them.
 """
 
 from __future__ import annotations
@@ -25,9 +26,36 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _PARTS = ("codes", "scale", "qmap")  # of a moment of 8 bits
 
 
+class Together:
+    """Optimizers of different parameters as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """All groups."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def of(self, parameter: nn.Parameter) -> torch.optim.Optimizer:
+        """The one that updates a parameter."""
+        for part in self.parts:
+            if any(parameter is p for group in part.param_groups for p in group["params"]):
+                return part
+        raise KeyError("no optimizer has this parameter")
+
+
+Optimizer = torch.optim.Optimizer | Together
+
+
 def build(
     settings: TrainSettings, parameters: Mapping[str, nn.Parameter], device: torch.device
-) -> torch.optim.Optimizer:
+) -> Optimizer:
     """The optimizer of `settings`, in groups called "weights" and "scales".
 
     Parameters that are sharded over processes have groups of their own: no kernel takes both.
@@ -48,12 +76,22 @@ def build(
             raise UsageError(
                 "8-bit moments of sharded parameters cannot be saved", hint="use optimizer adamw"
             )
-        return _eight_bits(groups, settings)
+        scales = [group for group in groups if group["name"] == "scales"]
+        if not scales:
+            return _eight_bits(groups, settings)
+        weights = [group for group in groups if group["name"] != "scales"]
+        return Together(_eight_bits(weights, settings), _full(scales, settings, device))
     if settings.weights == "bfloat16":
         raise UsageError(
             "bfloat16 weights lose small updates when they are rounded to nearest",
             hint="use optimizer adamw8bit, which rounds them stochastically",
         )
+    return _full(groups, settings, device)
+
+
+def _full(
+    groups: list[dict[str, Any]], settings: TrainSettings, device: torch.device
+) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=settings.betas, fused=device.type == "cuda")
 
 
@@ -79,7 +117,7 @@ def _eight_bits(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.
     return made
 
 
-def set_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> None:
+def set_rates(optimizer: Optimizer, rates: Mapping[str, float]) -> None:
     """Set the learning rate of each group by its name."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):  # torchao compiles its step: the tensor stays
@@ -88,11 +126,15 @@ def set_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> N
             group["lr"] = rates[group["name"]]
 
 
-def step(optimizer: torch.optim.Optimizer, seed: int, number: int) -> None:
+def step(optimizer: Optimizer, seed: int, number: int) -> None:
     """Update the parameters; what is random in it follows from (seed, number).
 
     Raises: PrerequisiteError when torchao's step cannot be compiled here.
     """
+    if isinstance(optimizer, Together):
+        for part in optimizer.parts:
+            step(part, seed, number)
+        return
     if isinstance(optimizer, torch.optim.AdamW):
         optimizer.step()
         return
@@ -118,15 +160,13 @@ def _seeded(seed: int, number: int, optimizer: torch.optim.Optimizer) -> Iterato
         yield
 
 
-def tensors_of(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, step: int
-) -> dict[str, Tensor]:
+def tensors_of(optimizer: Optimizer, parameter: nn.Parameter, step: int) -> dict[str, Tensor]:
     """A parameter's state by the name of its part, on the CPU; gathered where it is sharded.
 
     Moments of 8 bits are taken apart into codes, scales and map. {} for a parameter that never had
     a gradient; `step` is there where the parameter has not seen all `step` steps.
     """
-    state = optimizer.state.get(parameter) or {}
+    state = _owner(optimizer, parameter).state.get(parameter) or {}
     found: dict[str, Tensor] = {}
     for moment in MOMENTS if state else ():
         value = state[moment]
@@ -139,8 +179,12 @@ def tensors_of(
     return {key: value.cpu().contiguous() for key, value in found.items()}
 
 
+def _owner(optimizer: Optimizer, parameter: nn.Parameter) -> torch.optim.Optimizer:
+    return optimizer.of(parameter) if isinstance(optimizer, Together) else optimizer
+
+
 def put_back(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     parameter: nn.Parameter,
     found: Mapping[str, Tensor],
     step: int,
@@ -151,8 +195,9 @@ def put_back(
     """
     if not found:
         return
+    owner = _owner(optimizer, parameter)
     counts = found["step"].reshape(()) if "step" in found else torch.tensor(float(step))
-    fused = bool(optimizer.defaults.get("fused"))
+    fused = bool(owner.defaults.get("fused"))
     state: dict[str, Any] = {"step": counts.to(parameter.device if fused else "cpu")}
     for moment in MOMENTS:
         if f"{moment}.codes" in found:
@@ -162,4 +207,4 @@ def put_back(
             state[moment] = OptimState8bit(*parts, moment == "exp_avg", parameter.dtype)
         else:
             state[moment] = distributed.like(found[moment], parameter)
-    optimizer.state[parameter] = state
+    owner.state[parameter] = state

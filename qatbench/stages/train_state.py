@@ -28,7 +28,7 @@ def save(
     folder: Path,
     step: int,
     parameters: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: optimizers.Optimizer,
     controller: BetaController,
     seconds: float,
     world: World = ALONE,
@@ -64,7 +64,7 @@ def save(
 def restore(
     folder: Path,
     parameters: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: optimizers.Optimizer,
     controller: BetaController,
 ) -> tuple[int, float]:
     """Load the newest state; returns (step, seconds so far), (0, 0.0) when there is none.

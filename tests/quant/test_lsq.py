@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qatbench.errors import NumericsError, PrerequisiteError, ShapeError, UsageError
 from qatbench.quant import fake_quant as arithmetic
 from qatbench.quant import kernels as of_device
-from qatbench.quant.grid import LSQ_RATIOS, Grid, dequantize, quantize, round_scales, search_scales
+from qatbench.quant.grid import LSQ_RATIOS, Grid, dequantize, quantize, search_scales, stored_scales
 from qatbench.quant.lsq import (
     FakeQuantLinear,
     attach,
@@ -39,7 +39,7 @@ def problem(grid: Grid, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
 
 
 def stored(log_scale: Tensor, grid: Grid) -> Tensor:
-    return round_scales(log_scale.exp(), grid)
+    return stored_scales(log_scale, grid)
 
 
 def tiny_model() -> nn.Sequential:

@@ -159,7 +159,8 @@ def test_eight_bit_moments_are_saved_as_they_are(ask: Any, tmp_path: Path) -> No
     run.fit(silent)
     stored = load_file(tmp_path / "state" / "step-0000002" / "state.safetensors")
     name = "model.layers.0.mlp.up_proj"
-    state = run.optimizer.state[run.parameters[f"{name}.weight"]]
+    weight = run.parameters[f"{name}.weight"]
+    state = run.optimizer.of(weight).state[weight]
     assert stored[f"exp_avg.codes/{name}.weight"].dtype == torch.uint8
     for moment in ("exp_avg", "exp_avg_sq"):
         for part in ("codes", "scale", "qmap"):
@@ -167,7 +168,9 @@ def test_eight_bit_moments_are_saved_as_they_are(ask: Any, tmp_path: Path) -> No
             assert torch.equal(stored[f"{moment}.{part}/{name}.weight"], held)
     assert stored[f"weight/{name}.weight"].dtype == torch.bfloat16
     assert stored[f"weight/{name}.log_scale"].dtype == torch.float32
-    assert stored[f"exp_avg/{name}.log_scale"].dtype == torch.float32  # small: never in 8 bits
+    assert stored[f"exp_avg/{name}.log_scale"].dtype == torch.float32  # never in 8 bits
+    with pytest.raises(KeyError):
+        run.optimizer.of(torch.nn.Parameter(torch.ones(1)))
 
 
 @pytest.mark.usefixtures("_compiler")
@@ -257,7 +260,8 @@ def test_compiled_blocks_train_as_eager_ones_at_any_length(ask: Any, tmp_path: P
             (tmp_path / name).mkdir()
             run.fit(silent)
         counts = torch._dynamo.utils.counters
-        assert counts["stats"]["unique_graphs"] >= 2  # a student's block, a teacher's block
+        # of the student, recomputed and kept, and of the teacher, each for one length and for any
+        assert counts["stats"]["unique_graphs"] >= 6
         assert not counts["graph_break"]
     assert any("compiled" in note for note in run.notes)
     for one, other in zip(lines(tmp_path / "eager"), lines(tmp_path / "compiled"), strict=True):
