@@ -45,7 +45,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from qatbench.quant import fake_quant, kernels, lsq
+from qatbench.quant import kernels, lsq
 from qatbench.quant.grid import Grid
 from qatbench.stages import optimizers
 from qatbench.stages.distributed import ALONE
@@ -371,11 +371,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a smoke test of small sizes, any CPU")
     parser.add_argument("--no-blocks", action="store_true", help="leave the decoder blocks eager")
     parser.add_argument("--kept", type=int, nargs="+", default=[0], help="blocks without recompute")
-    parser.add_argument("--opaque", action="store_true", help="compilers see no kernel of ours")
     parser.add_argument("--profile", help="file for the kernels of GRACE's step")
     parser.add_argument("--json", help="file for the figures")
     given = parser.parse_args()
-    fake_quant.INLINE = not given.opaque
     wanted = given.what or ["layer", "llava", "qwen"]
     if unknown := set(wanted) - {"layer", "llava", "qwen"}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")

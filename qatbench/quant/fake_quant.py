@@ -83,7 +83,7 @@ def fake_quant(
         kernels = EAGER  # the others are written for what models are trained in
     elif torch.compiler.is_compiling():
         operator = _operator
-        if weight.is_cuda and INLINE:
+        if weight.is_cuda:
             from qatbench.quant.fake_quant_triton import operator
         settings = grid.bits, grid.group_size, gradient_factor, dtype
         result: Tensor = operator(weight, log_scale, *settings)
@@ -194,9 +194,6 @@ EAGER = Kernels(_eager_forward, _eager_backward)
 # the CPU; CUDA has that of `fake_quant_triton`.
 
 
-INLINE = True
-
-
 @torch.library.custom_op("qatbench::fake_quant", mutates_args=())
 def _operator(
     weight: Tensor,
@@ -207,10 +204,6 @@ def _operator(
     dtype: torch.dtype,
 ) -> Tensor:
     grid = Grid(bits, group_size)
-    if weight.is_cuda:
-        from qatbench.quant import fake_quant_triton as fast
-
-        return fast._quantized(weight, log_scale, grid, dtype, fast._quantize)
     scales = grids.stored_scales(log_scale, grid)
     return EAGER.forward(weight, scales, grid.qmin, grid.qmax, dtype)
 
@@ -237,11 +230,6 @@ def _gradients(
     gradient_factor: float,
 ) -> tuple[Tensor, Tensor]:
     grid = Grid(bits, group_size)
-    if weight.is_cuda:
-        from qatbench.quant import fake_quant_triton as fast
-
-        kernel = fast._straight_through
-        return fast._gradients(grad, weight, log_scale, grid, gradient_factor, kernel)
     scales = grids.stored_scales(log_scale, grid)
     by_weight, by_scale = EAGER.backward(grad, weight, scales, grid.qmin, grid.qmax, True, True)
     assert by_weight is not None  # both were asked for

@@ -90,3 +90,29 @@ def test_the_page_of_the_built_in_models_is_made_from_their_metrics() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (folder / "README.md").read_text(encoding="utf-8") == module.page(folder)
+
+
+def test_distillation_on_smol_is_told_as_the_committed_report_has_it() -> None:
+    folder = ROOT / "results" / "smol-ablation"
+    if not folder.is_dir():
+        pytest.skip("results/smol-ablation is not in this copy")
+    comparison = json.loads((folder / "comparison.json").read_text())
+    parts = {row["part"]: row for row in comparison["tasks"][0]["ablations"]}
+    row = parts.pop("distillation")
+    worth = [round(100 * row[key], 1) for key in ("difference", "low", "high")]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "{:+} [{:+}, {:+}]\npoints over QAT".format(*worth) in text
+    assert row["verdict"] == parts.pop("training")["verdict"] == "helps"
+    assert {part["verdict"] for part in parts.values()} == {"does not matter"}
+
+
+def test_the_training_step_is_told_as_it_was_measured() -> None:
+    file = ROOT / "results" / "train-step" / "llava.json"
+    if not file.is_file():
+        pytest.skip("results/train-step is not in this copy")
+    rows = {row["kind"]: row for row in json.loads(file.read_text())["rows"]}
+    best = rows["grace, 10"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = f"{best['samples_per_second']:.2f} samples of 704 tokens a second at a peak of\n"
+    assert told + f"{best['peak_gb']:.1f} GB" in text
+    assert "--kept-blocks 10" in text
