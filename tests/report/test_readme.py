@@ -99,7 +99,7 @@ def test_distillation_on_smol_is_told_as_the_committed_report_has_it() -> None:
     comparison = json.loads((folder / "comparison.json").read_text())
     parts = {row["part"]: row for row in comparison["tasks"][0]["ablations"]}
     row = parts.pop("distillation")
-    worth = [round(100 * row[key], 1) for key in ("difference", "low", "high")]
+    worth = [round(100 * row["pair"][key], 1) for key in ("difference", "low", "high")]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "{:+} [{:+}, {:+}]\npoints over QAT".format(*worth) in text
     assert row["verdict"] == parts.pop("training")["verdict"] == "helps"
