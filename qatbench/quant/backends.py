@@ -69,6 +69,7 @@ def solve(
 
     with _elsewhere(), quiet(), _hand_over(take), _failing_softly():
         model = _load(method, path, grid, device, dtype)
+        _tidy_table(model)
         model.prepare_dataset = lambda *args, **kwargs: [dict(batch) for batch in batches]
         model.awq_input_feature_aggregation = awq.token_policy
         # The kernel named here is only validated, never made: the plain one takes all widths.
@@ -206,6 +207,27 @@ def _hand_over(take: Callable[..., str]) -> Iterator[None]:
                 setattr(owner, attribute, replacement)
                 undo.callback(setattr, owner, attribute, original)
         yield
+
+
+def _tidy_table(model: Any) -> None:
+    """Complete the library's table of an architecture for AWQ, as most of its tables have it.
+
+    The norms of a part stand before its linears: AWQ takes what is named last before some linears
+    as what feeds them, in Qwen3-VL's table k_norm for o_proj. And o_proj is left alone where
+    v_proj has another width (grouped queries), which that table does not say either.
+    """
+
+    def ordered(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: ordered(value) for key, value in part.items()}
+        if isinstance(part, tuple):
+            return tuple(sorted(part, key=lambda name: ":!" not in str(name)))
+        return [ordered(value) for value in part] if isinstance(part, list) else part
+
+    freeze = importlib.import_module("gptqmodel.models.base")._freeze_module_tree
+    model.effective_module_tree = model.module_tree = freeze(ordered(type(model).module_tree))
+    if model.awq_scale_optimize_shape_dependent_modules is None:
+        model.awq_scale_optimize_shape_dependent_modules = ["self_attn.o_proj"]
 
 
 @contextlib.contextmanager
