@@ -13,6 +13,7 @@ from qatbench.cli_options import (
     Dtype,
     GroupSize,
     Json,
+    LayoutName,
     Limit,
     Model,
     Out,
@@ -30,6 +31,7 @@ def quantize_command(
     method: Annotated[Literal["rtn", "gptq", "awq"], typer.Option(help="PTQ method.")] = "rtn",
     bits: Bits = 4,
     group_size: GroupSize = 128,
+    layout: LayoutName = "auto",
     calib: Annotated[str | None, typer.Option(help="TASK:SPLIT[:text|image].")] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     protocol: Annotated[str, typer.Option(help="Form of the calibration prompts.")] = "qatbench",
@@ -57,7 +59,7 @@ def quantize_command(
     chosen = selector.parse(calib) if calib else None
     settings = QuantizeSettings(
         method, bits, group_size, chosen, min(samples, limit or samples), protocol, seed, device,
-        dtype, batch_size,
+        dtype, batch_size, layout,
     )  # fmt: skip
     paths = data_paths(data, [chosen.task]) if chosen else {}
     with ui.progress() as progress:

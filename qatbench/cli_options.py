@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -25,6 +25,10 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Questions a batch; d
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: found.")]
 Bits = Annotated[int, typer.Option(help="2, 3, 4 or 8.")]
 GroupSize = Annotated[int, typer.Option(help="Weights a scale; -1: a whole row.")]
+LayoutName = Annotated[
+    Literal["auto", "gptq", "awq"],
+    typer.Option("--layout", help="Tensors of the checkpoint; auto: gptq, of AWQ at 4 bits awq."),
+]
 SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between saved states.")]
 Model = Annotated[str, typer.Argument(help="Hub id, folder or built-in name.")]
 Tasks = Annotated[list[str], typer.Option("--task", help="TASK[:SPLIT[:text|image]]. Repeatable.")]

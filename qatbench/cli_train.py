@@ -14,6 +14,7 @@ from qatbench.cli_options import (
     Formats,
     GroupSize,
     Json,
+    LayoutName,
     Limit,
     Model,
     Out,
@@ -87,6 +88,7 @@ def train_command(
     init: Init = None,
     bits: Bits = 4,
     group_size: GroupSize = 128,
+    layout: LayoutName = "auto",
     steps: Steps = 200,
     batch_size: Batch = 64,
     micro_batch_size: Micro = 16,
@@ -175,6 +177,7 @@ def _settings(given: dict[str, Any]) -> Any:
     same = (
         "method", "steps", "bits", "group_size", "batch_size", "micro_batch_size", "lr", "scale_lr",
         "seed", "scale_gradient", "projector", "optimizer", "weights", "packing", "max_length",
+        "layout",
     )  # fmt: skip
     constants = CONTROLLERS[given["controller"]]
     if given["beta"] == "fixed":

@@ -24,10 +24,17 @@ class _Section(BaseModel):
 
 
 class GridSpec(_Section):
-    """Width of the integers and how many weights share a scale (-1: a whole row)."""
+    """Width of the integers, how many weights share a scale (-1: a whole row), and the tensors."""
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[-1, 16, 32, 64, 128, 256] = 128
+    layout: Literal["auto", "gptq", "awq"] = "auto"
+
+    @model_validator(mode="after")
+    def _layout_has_width(self) -> GridSpec:
+        if self.layout == "awq" and self.bits != 4:
+            raise ValueError(f"the awq layout is defined for 4 bits, not {self.bits}")
+        return self
 
 
 class SourceSpec(_Section):

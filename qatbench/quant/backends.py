@@ -38,10 +38,11 @@ def solve(
     batches: Sequence[dict[str, Tensor]],
     *,
     device: str,
+    layout: str,
     dtype: torch.dtype = CALIBRATION_DTYPE,
     progress: Callable[[int, int], None],
 ) -> Quantized:
-    """Run the library's GPTQ (symmetric) or AWQ (asymmetric) on a model folder.
+    """Run the library's GPTQ (symmetric) or AWQ (asymmetric if the layout allows) on a folder.
 
     Args:
         method: `gptq` or `awq`.
@@ -50,6 +51,7 @@ def solve(
         grid: bits and group size.
         batches: model inputs of one or more calibration samples each, padding masked.
         device: torch device name.
+        layout: of the checkpoint: gptq (symmetric), gptq_v2 or awq.
         dtype: of weights and activations while calibrating.
         progress: called as (linears done, linears in all).
 
@@ -68,7 +70,7 @@ def solve(
         return "handed over"
 
     with _elsewhere(), quiet(), _hand_over(take), _failing_softly():
-        model = _load(method, path, grid, device, dtype)
+        model = _load(method, path, grid, device, dtype, symmetric=layout == "gptq")
         _tidy_table(model)
         model.prepare_dataset = lambda *args, **kwargs: [dict(batch) for batch in batches]
         model.awq_input_feature_aggregation = awq.token_policy
@@ -84,7 +86,6 @@ def solve(
     if missing or set(found) - set(names):
         raise NumericsError(f"{method} left out {len(missing)} linears, e.g. {missing[:2]}")
     linears = {name: _linear(*found[name], grid, name) for name in names}
-    layout = "gptq" if method == "gptq" else "awq" if grid.bits == 4 else "gptq_v2"
     return Quantized(method, layout, linears, others)
 
 
@@ -99,7 +100,9 @@ def _linear(
     return QuantizedLinear.from_affine(weight, scales.float(), zeros.float(), grid, name)
 
 
-def _load(method: str, path: Path, grid: Grid, device: str, dtype: torch.dtype) -> Any:
+def _load(
+    method: str, path: Path, grid: Grid, device: str, dtype: torch.dtype, *, symmetric: bool
+) -> Any:
     library = _library()
     kinds = importlib.import_module("gptqmodel.quantization")
     common = {
@@ -112,7 +115,7 @@ def _load(method: str, path: Path, grid: Grid, device: str, dtype: torch.dtype) 
         settings = library.QuantizeConfig(sym=True, **common)
     else:
         settings = library.QuantizeConfig(
-            method=kinds.METHOD.AWQ, format=kinds.FORMAT.GEMM, sym=False, **common
+            method=kinds.METHOD.AWQ, format=kinds.FORMAT.GEMM, sym=symmetric, **common
         )
     return library.GPTQModel.load(
         str(path), settings, dtype=dtype, device=device, trust_remote_code=False

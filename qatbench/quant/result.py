@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,28 @@ from torch import Tensor
 from qatbench.errors import NumericsError, UsageError
 from qatbench.quant.grid import Grid, round_scales
 from qatbench.quant.packing import pack_awq_fields, pack_fields, pack_gptq
+
+Layout = Literal["auto", "gptq", "awq"]
+"""How a user names the tensors of a checkpoint; `auto` is what the method's checkpoints have."""
+
+
+def layout_of(wanted: Layout, method: str, bits: int) -> str:
+    """The layout of a method's checkpoint: gptq, gptq_v2 (any zero points) or awq.
+
+    AWQ below 4 bits is asymmetric and in gptq_v2, which plain transformers load; at 8 bits, and
+    where the gptq layout is asked for, it is symmetric, so that vLLM reads it too.
+
+    Raises: UsageError for the awq layout at other widths than 4 bits: it has none.
+    """
+    if wanted == "awq" and bits != 4:
+        raise UsageError(
+            f"the awq layout is defined for 4 bits, not {bits}", hint="--layout gptq, or --bits 4"
+        )
+    if wanted != "auto":
+        return wanted
+    if method != "awq" or bits == 8:
+        return "gptq"
+    return "awq" if bits == 4 else "gptq_v2"
 
 
 @dataclass(frozen=True)

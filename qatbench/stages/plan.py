@@ -168,6 +168,7 @@ class Plan:
             method=arm.kind,  # type: ignore[arg-type]  # checked: one of PTQ
             bits=grid.bits,
             group_size=grid.group_size,
+            layout=grid.layout,
             calibration=selector.parse(text) if text else None,
             samples=self.recipe.calibration.samples,
             batch_size=self.recipe.calibration.batch_size,
@@ -199,6 +200,7 @@ def train_settings(recipe: Recipe, arm: Arm, seed: int, **overrides: Any) -> Tra
         method=arm.kind,  # type: ignore[arg-type]  # checked: one of TRAINED
         bits=grid.bits,
         group_size=grid.group_size,
+        layout=grid.layout,
         seed=seed,
         distillation=Distillation(
             kl=arm.kl,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
 from qatbench.quant import awq
 from qatbench.quant.backends import solve
 from qatbench.quant.grid import Grid
-from qatbench.quant.result import Quantized
+from qatbench.quant.result import Layout, Quantized, layout_of
 from qatbench.quant.rtn import round_to_nearest
 from qatbench.records import Question
 from qatbench.stages import export
@@ -51,6 +51,7 @@ class QuantizeSettings:
     device: str | None = None
     dtype: str | None = None  # of weights and activations while calibrating; default float32
     batch_size: int = CALIBRATION_BATCH  # calibration samples at once; with images 1
+    layout: Layout = "auto"  # of the checkpoint's tensors
 
     def spec(self, model: str, questions: Sequence[Question]) -> dict[str, Any]:
         """What decides the checkpoint; `model` is its fingerprint."""
@@ -60,6 +61,8 @@ class QuantizeSettings:
             "bits": self.bits,
             "group_size": self.group_size,
         }
+        if self.layout != "auto":
+            spec["layout"] = self.layout
         if self.method != "rtn":
             spec |= {
                 "calibration": selector.digest(questions),
@@ -82,11 +85,12 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize the language model's linears and write a proven checkpoint; returns provenance.
 
-    Raises: UsageError for a grid that does not fit the model or a model that is quantized already;
+    Raises: UsageError for a grid or layout that does not fit, or a model that is quantized already;
         PrerequisiteError without calibration data; NumericsError when the reload proof fails.
     """
     started = time.monotonic()
     check_grid(model, settings.bits, settings.group_size)
+    layout_of(settings.layout, settings.method, settings.bits)
     questions = [] if settings.method == "rtn" else calibration_questions(settings, paths)
     _check_images(model, questions)
     device = models.pick_device(settings.device)
@@ -142,12 +146,13 @@ def _solve(
     def step(done: int, total: int) -> None:
         progress(what, done, total)
 
+    chosen = layout_of(settings.layout, settings.method, settings.bits)
     if settings.method == "rtn":
-        return round_to_nearest(loaded.model, names, grid, step)
+        return replace(round_to_nearest(loaded.model, names, grid, step), layout=chosen)
     dtype = models.pick_dtype(settings.dtype or "float32", device)
     return solve(
         settings.method, model.path, names, grid, batches,
-        device=device, dtype=dtype, progress=step,
+        device=device, layout=chosen, dtype=dtype, progress=step,
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from qatbench.errors import NumericsError, PrerequisiteError, UsageError
 from qatbench.grace.controller import BetaController
 from qatbench.quant import lsq
 from qatbench.quant.grid import Grid
-from qatbench.quant.result import Quantized, QuantizedLinear
+from qatbench.quant.result import Quantized, QuantizedLinear, layout_of
 from qatbench.stages import distributed, export, optimizers, train_state
 from qatbench.stages import student as students
 from qatbench.stages.common import Progress, silent
@@ -54,6 +54,7 @@ def train(request: TrainRequest, out: Path, *, resume: bool, progress: Progress)
     settings, started = request.settings, time.monotonic()
     if settings.method in QUANTIZED:
         check_grid(request.student, settings.bits, settings.group_size)
+        layout_of(settings.layout, settings.method, settings.bits)
     spec = _spec(request)
     world = distributed.join(request.device)
     world.check(settings.batch_size)
@@ -283,7 +284,8 @@ class TrainingRun:
             "notes": told,
         }
         if settings.method in QUANTIZED:
-            figures |= {"bits": settings.bits, "group_size": settings.group_size, "layout": "gptq"}
+            figures |= {"bits": settings.bits, "group_size": settings.group_size}
+            figures["layout"] = layout_of(settings.layout, settings.method, settings.bits)
         if self.device.type == "cuda":
             figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         if self.world.size > 1:
@@ -312,5 +314,6 @@ class TrainingRun:
             codes, scales = model.get_submodule(name).codes_and_scales()
             linears[name] = QuantizedLinear.from_codes(codes.cpu(), scales.cpu(), grid)
         lsq.detach(model)
-        quantized = Quantized(self.settings.method, "gptq", linears)
+        layout = layout_of(self.settings.layout, self.settings.method, self.settings.bits)
+        quantized = Quantized(self.settings.method, layout, linears)
         return export.write_packed(self.request.student, self.student, quantized, self.out)

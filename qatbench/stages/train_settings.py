@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from qatbench.quant.result import Layout
 from qatbench.records import Question
 from qatbench.stages.objective import Distillation
 from qatbench.tasks import sources
@@ -19,7 +20,7 @@ QUANTIZED = ("qat", "grace")
 # before keeps its fingerprint.
 LATER = {
     "projector": "trained", "scale_gradient": "log", "optimizer": "adamw", "weights": "float32",
-    "packing": "pack", "max_length": 2048,
+    "packing": "pack", "max_length": 2048, "layout": "auto",
 }  # fmt: skip
 LATER_DISTILLATION = {"tokens": "supervised"}
 TAUGHT = ("kd", "grace")
@@ -68,6 +69,7 @@ class TrainSettings:
     weights: Literal["float32", "bfloat16"] = "float32"  # what the optimizer updates
     packing: Literal["pack", "group"] = "pack"  # samples side by side, or padded to like lengths
     max_length: int = 2048  # tokens of a sample
+    layout: Layout = "auto"  # of the checkpoint's tensors
 
     def spec(
         self,
@@ -86,7 +88,7 @@ class TrainSettings:
         _drop(spec, LATER)
         _drop(spec["distillation"], LATER_DISTILLATION)
         if self.method not in QUANTIZED:
-            for key in ("bits", "group_size", "scale_lr", "scale_gradient"):
+            for key in ("bits", "group_size", "scale_lr", "scale_gradient", "layout"):
                 spec.pop(key, None)
             if self.projector == "quantized":  # there is no grid: it is trained
                 spec.pop("projector", None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from qatbench.quant import rtn
 from qatbench.stages import quantize as stage
 from qatbench.stages.common import silent
 from qatbench.stages.objective import look
@@ -88,20 +86,6 @@ def test_a_packed_checkpoint_loads_with_the_very_same_vision_weights_and_biases(
         assert torch.equal(old[key], new[key]), key
     biases = {key for key in kept if key.endswith("_proj.bias") and "visual" not in key}
     assert len(biases) == (0 if family.startswith("qwen3") else 3 * tiny.LAYERS)
-
-
-@pytest.mark.parametrize("family", NEW)
-def test_the_awq_skip_list_keeps_vision_out_in_plain_transformers(
-    family: str, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = rtn.round_to_nearest
-    monkeypatch.setattr(
-        stage, "round_to_nearest", lambda *args: replace(original(*args), layout="awq")
-    )
-    record = export(source(family), tmp_path)
-    assert record["figures"]["reload"].get("image", 0.0) < 0.01
-    packed = {n for n, m in plainly(tmp_path).named_modules() if hasattr(m, "qweight")}
-    assert packed == set(layout.linear_shapes(source(family).config))
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
