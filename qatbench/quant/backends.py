@@ -24,7 +24,7 @@ from torch import Tensor
 from qatbench.errors import NumericsError, PrerequisiteError
 from qatbench.quant import awq
 from qatbench.quant.grid import Grid
-from qatbench.quant.result import Quantized, QuantizedLinear
+from qatbench.quant.result import Quantized, QuantizedLinear, layout_of
 
 PROCESSORS = ("gptqmodel.looper.gptq_processor", "gptqmodel.looper.awq_processor")
 CALIBRATION_DTYPE = torch.float32
@@ -38,7 +38,7 @@ def solve(
     batches: Sequence[dict[str, Tensor]],
     *,
     device: str,
-    layout: str,
+    layout: str | None = None,
     dtype: torch.dtype = CALIBRATION_DTYPE,
     progress: Callable[[int, int], None],
 ) -> Quantized:
@@ -51,7 +51,7 @@ def solve(
         grid: bits and group size.
         batches: model inputs of one or more calibration samples each, padding masked.
         device: torch device name.
-        layout: of the checkpoint: gptq (symmetric), gptq_v2 or awq.
+        layout: of the checkpoint: gptq (symmetric), gptq_v2 or awq; default the method's own.
         dtype: of weights and activations while calibrating.
         progress: called as (linears done, linears in all).
 
@@ -60,6 +60,7 @@ def solve(
     """
     if not batches:
         raise PrerequisiteError("no calibration samples", hint="--calib TASK:SPLIT")
+    layout = layout or layout_of("auto", method, grid.bits)
     found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     path = path.resolve()  # before the current folder changes
     layers = names[0].partition(".0.")[0] + "."

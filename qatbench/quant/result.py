@@ -76,16 +76,23 @@ class QuantizedLinear:
     ) -> QuantizedLinear:
         """From a weight that lies on the grid already, as the library hands it over.
 
-        Raises: NumericsError if the weight does not lie on the grid within half a percent of a
-            step (the library's own rounding in fp32), naming the layer.
+        Raises: NumericsError if the weight does not lie on the grid, naming the layer: within half
+            a percent of a step (the library's own rounding in fp32) and what its own dtype rounds
+            a code times its scale by; or if that dtype is too coarse to tell codes apart.
         """
+        coarse = 2**grid.bits * torch.finfo(weight.dtype).eps / 2  # of a step, at the largest code
+        if coarse > 0.25:
+            raise NumericsError(
+                f"{name}: {weight.dtype} is too coarse to hold codes of {grid.bits} bits",
+                hint="calibrate in float32 (--dtype float32, the default)",
+            )
         shape = (*scales.shape, -1)
         steps = weight.float().reshape(shape) / scales.float()[..., None]
         exact = steps + zeros.float()[..., None]
         fields = exact.round()
         off = (exact - fields).abs().max().item()
         inside = fields.min().item() >= 0 and fields.max().item() < 2**grid.bits
-        if off > 5e-3 or not inside:
+        if off > 5e-3 + coarse or not inside:
             raise NumericsError(f"{name}: weights are {off:.3f} of a step off the grid")
         return cls(
             fields.to(torch.uint8).flatten(1),

@@ -270,6 +270,18 @@ def test_a_weight_off_the_grid_is_refused() -> None:
             QuantizedLinear.from_affine(bad, scales, zeros, GRID, "x")
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_calibrating_in_bfloat16_finds_the_codes_or_says_that_it_cannot(
+    method: str, models: dict[str, ModelFolder], data: dict[str, str], tmp_path: Path
+) -> None:
+    coarse = dataclasses.replace(settings("llava", method), dtype="bfloat16")
+    record = quantize(models["llava"], coarse, data, tmp_path / "4", resume=False, progress=silent)
+    assert record["figures"]["reload"]["image"] < 0.012
+    with pytest.raises(NumericsError, match="too coarse"):
+        wider = dataclasses.replace(coarse, bits=8)
+        quantize(models["llava"], wider, data, tmp_path / "8", resume=False, progress=silent)
+
+
 # --- the folder ---------------------------------------------------------------------------------
 
 

@@ -1,0 +1,220 @@
+"""Checkpoints at true sizes: time and memory of quantizing, and one whole model end to end.
+
+ptq    4 of the 32 layers of LLaVA-1.5-7B, random weights: seconds and peak GPU memory of each PTQ
+       method by `qatbench quantize` and by its library called directly on the same samples, side
+       by side; and, marked so, the whole model by extrapolation (times 32 / 4).
+whole  LLaVA-1.5-7B and Qwen2-VL-2B, random weights: RTN, export with its reload proof, reload with
+       plain transformers on the GPU, an answer about an image; memory of weights, INT4 and bf16.
+
+    python benchmarks/real_shapes.py [ptq] [whole] [--method M ...] [--samples 128] [--tiny]
+        [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+import tiny  # noqa: E402
+import train_step  # noqa: E402
+
+from qatbench.quant import backends  # noqa: E402
+from qatbench.quant.grid import Grid  # noqa: E402
+from qatbench.stages import quantize as stage  # noqa: E402
+from qatbench.stages.common import silent  # noqa: E402
+from qatbench.tasks import selector  # noqa: E402
+from qatbench.vlm import load as models  # noqa: E402
+from qatbench.vlm.batch import Encoder  # noqa: E402
+from qatbench.vlm.load import ModelFolder  # noqa: E402
+
+LAYERS = 4
+GROUP = {False: 128, True: 64}  # by --tiny
+QUESTION = "What is in the picture?"
+
+
+def build(kind: str, folder: Path, small: bool, layers: int | None, device: str) -> ModelFolder:
+    """A model of random bf16 weights with a processor, as a folder."""
+    import transformers
+
+    qwen = kind == "qwen2_vl"
+    sizes = list(train_step.QWEN["2B"] if qwen else train_step.LLAVA["7B"])
+    sizes = list(train_step.TINY["student"]) if small else sizes
+    if layers:
+        sizes[2] = layers
+    family = train_step.qwen_config if qwen else train_step.llava_config
+    config = family(tuple(sizes), small)
+    words = tiny.tokenizer(image_token=not qwen, turns=qwen)
+    if qwen:
+        for key, value in tiny._marks(words).items():
+            setattr(config, key, value)
+        grid = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+        processor: Any = transformers.Qwen2VLProcessor(
+            image_processor=transformers.Qwen2VLImageProcessor(**grid), tokenizer=words,
+            video_processor=transformers.Qwen2VLVideoProcessor(**grid),
+            chat_template=tiny.QWEN_TEMPLATE,
+        )  # fmt: skip
+    else:
+        config.image_token_id = words.convert_tokens_to_ids("<image>")
+        side = {"height": 14 * train_step.PATCHES, "width": 14 * train_step.PATCHES}
+        processor = transformers.LlavaProcessor(
+            image_processor=transformers.CLIPImageProcessor(
+                size={"shortest_edge": side["width"]}, crop_size=side
+            ),
+            tokenizer=words, patch_size=14, vision_feature_select_strategy="default",
+            num_additional_image_tokens=1, chat_template=tiny.TEMPLATE,
+        )  # fmt: skip
+    model = train_step.build(config, torch.device(device))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return models.find(str(folder))
+
+
+@contextlib.contextmanager
+def measured(into: dict[str, Any]) -> Iterator[None]:
+    """Seconds and peak GB (1e9 bytes) of what is done inside."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.monotonic()
+    yield
+    into["seconds"] = round(time.monotonic() - started, 1)
+    if torch.cuda.is_available():
+        into["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+
+
+# --- four layers, every PTQ method ----------------------------------------------------------------
+
+
+def directly(
+    method: str, folder: ModelFolder, batches: list[dict[str, Any]], grid: Grid, device: str
+) -> None:
+    """The library's own way: load, quantize, pack, save. The samples are the same."""
+    with backends.quiet(), backends._failing_softly(), tempfile.TemporaryDirectory() as out:
+        model = backends._load(
+            method, folder.path, grid, device, torch.bfloat16, symmetric=method == "gptq"
+        )
+        backends._tidy_table(model)
+        model.prepare_dataset = lambda *args, **kwargs: [dict(batch) for batch in batches]
+        model.quantize([{"input_ids": [0]}] * len(batches), batch_size=1)
+        model.save(out)
+
+
+DIRECTLY: dict[str, Callable[..., None]] = {"gptq": directly, "awq": directly}
+
+
+def ptq(methods: list[str], samples: int, small: bool, device: str) -> list[dict[str, Any]]:
+    """Ours and the library's, one after the other."""
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        folder = build("llava", root / "model", small, None if small else LAYERS, device)
+        data = {"scienceqa": str(tiny.save_questions(root / "data", text=0, images=samples))}
+        chosen = selector.parse("scienceqa:train")
+        for method in methods:
+            settings = stage.QuantizeSettings(
+                method, 4, GROUP[small], chosen, samples, device=device,  # type: ignore[arg-type]
+                dtype="bfloat16",
+            )  # fmt: skip
+            ours: dict[str, Any] = {}
+            with measured(ours):
+                record = stage.quantize(
+                    folder, settings, data, root / method, resume=False, progress=silent
+                )
+            ours["solving_seconds"] = record["figures"]["calibration_seconds"]
+            row: dict[str, Any] = {"method": method, "ours": ours}
+            if method in DIRECTLY:
+                loaded = models.load(folder, device="cpu", dtype=torch.float32)
+                questions = stage.calibration_questions(settings, data)
+                batches = stage.calibration_batches(loaded, questions, settings.protocol)
+                del loaded
+                theirs: dict[str, Any] = {}
+                with measured(theirs):
+                    DIRECTLY[method](method, folder, batches, Grid(4, GROUP[small]), device)
+                row["library"] = theirs
+                row["solving_over_library"] = ours["solving_seconds"] / theirs["seconds"]
+            row["extrapolated_whole_model_minutes"] = ours["solving_seconds"] * 32 / LAYERS / 60
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+    return rows
+
+
+# --- whole models ---------------------------------------------------------------------------------
+
+
+def whole(kind: str, small: bool, device: str) -> dict[str, Any]:
+    """RTN, export, proof, reload on the device, an answer about an image."""
+    found: dict[str, Any] = {"model": kind}
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        folder = build(kind, root / "model", small, None, device)
+        settings = stage.QuantizeSettings("rtn", 4, GROUP[small], device=device)
+        with measured(found.setdefault("quantize", {})):
+            record = stage.quantize(
+                folder, settings, {}, root / "out", resume=False, progress=silent
+            )
+        found["reload"] = record["figures"]["reload"]
+        found["checkpoint_gb"] = models.find(str(root / "out")).weight_bytes() / 1e9
+        picture = next(tiny.save_questions(root / "data").glob("images/**/*.png"))
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        for name, path in (("bf16", folder.path), ("int4", root / "out")):
+            before = torch.cuda.memory_allocated() if device == "cuda" else 0
+            with measured(found.setdefault(name, {})):
+                loaded = models.load(models.find(str(path)), device=device, dtype=dtype)
+            after = torch.cuda.memory_allocated() if device == "cuda" else 0
+            found[name] |= {"weights_gb": (after - before) / 1e9,
+                            "kernel": models.kernel_name(loaded)}  # fmt: skip
+            prompt = Encoder(loaded).prompt(QUESTION, picture)
+            inputs = {key: value.to(device) for key, value in prompt.inputs().items()}
+            if "pixel_values" in inputs:
+                inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+            with torch.inference_mode():
+                tokens = loaded.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+            found[name]["answer"] = tokens[0, inputs["input_ids"].shape[1] :].tolist()
+            del loaded, tokens
+    return found
+
+
+def main() -> None:
+    """Measure and print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", nargs="*", help="ptq, whole; default both")
+    parser.add_argument("--method", nargs="+", default=["gptq", "awq", "autoround"])
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--tiny", action="store_true", help="a smoke test of small sizes, any CPU")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    given = parser.parse_args()
+    wanted = given.what or ["ptq", "whole"]
+    if unknown := set(wanted) - {"ptq", "whole"}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    cuda = torch.cuda.is_available()
+    if not cuda and not given.tiny:
+        parser.error("true sizes need a CUDA device; --tiny runs anywhere")
+    device = "cuda" if cuda else "cpu"
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if cuda else "cpu",
+                             "torch": torch.__version__}  # fmt: skip
+    if "ptq" in wanted:
+        found["ptq"] = ptq(given.method, given.samples, given.tiny, device)
+    if "whole" in wanted:
+        found["whole"] = [whole(kind, given.tiny, device) for kind in ("llava", "qwen2_vl")]
+    text = json.dumps(found, indent=2)
+    print(text)
+    if given.json:
+        given.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
