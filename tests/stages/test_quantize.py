@@ -277,8 +277,8 @@ def test_calibrating_in_bfloat16_finds_the_codes_or_says_that_it_cannot(
     coarse = dataclasses.replace(settings("llava", method), dtype="bfloat16")
     record = quantize(models["llava"], coarse, data, tmp_path / "4", resume=False, progress=silent)
     assert record["figures"]["reload"]["image"] < 0.012
+    wider = dataclasses.replace(coarse, bits=8)
     with pytest.raises(NumericsError, match="too coarse"):
-        wider = dataclasses.replace(coarse, bits=8)
         quantize(models["llava"], wider, data, tmp_path / "8", resume=False, progress=silent)
 
 
