@@ -25,17 +25,6 @@ MANIFEST = "manifest.json"  # SHA-256 of every file of the shipped models
 SMOLLM2_LABEL = "weights dequantized from Q4_1"
 _CONVERSION = 1  # raise when the conversion changes: cached folders of older ones are not used
 
-# config.json of SmolLM2-135M-Instruct, for checks before any weight is read
-SMOLLM2_SIZES = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "num_hidden_layers": 30,
-    "head_dim": 64,
-    "vocab_size": 49152,
-}
 _KEPT = (
     "attention_bias",
     "bos_token_id",
