@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qatbench import __version__
+from qatbench.cli_doctor import doctor_command
 from qatbench.cli_make import quantize_command
 from qatbench.cli_mini import app as mini_app
 from qatbench.cli_options import (
@@ -64,6 +65,7 @@ def _root(
 
 app.command("quantize")(quantize_command)
 app.command("train-qat")(train_command)
+app.command("doctor")(doctor_command)
 app.add_typer(mini_app, name="mini")
 
 

@@ -36,7 +36,8 @@ def dry_run(
     `arms`, `seeds` and `limit` narrow it down as they narrow the run.
 
     Returns: `units` (unit, evaluated, checkpoint, seconds, memory_gib, disk_gib) and `missing`
-        (data folders that are not there). Estimates are None for a model only the hub knows.
+        (data folders that are not there). Estimates are None for a model that only the hub knows,
+        or a config that leaves sizes out.
     Raises: UsageError for an unknown arm.
     """
     unknown = [name for name in arms if name not in recipe.arms]
@@ -78,9 +79,12 @@ def _estimate(
     made: bool,
     limit: int | None,
 ) -> dict[str, float | None]:
-    if config is None:
+    try:
+        weights = count(config).language if config else 0
+    except UsageError:  # a config without all of its sizes, which the model class knows
+        weights = 0
+    if config is None or not weights:
         return {"seconds": None, "memory_gib": None, "disk_gib": None}
-    weights = count(config).language
     rate = FLOPS["cpu" if device == "cpu" else "cuda"]
     asked = limit or recipe.evaluation.limit or 4241
     work = 2.0 * weights * TOKENS_PER_SAMPLE * asked

@@ -93,10 +93,15 @@ def gguf_file() -> Path:
     return files[0]
 
 
+def converted() -> Path:
+    """Where the converted model is kept, be it there already or not."""
+    return store.cache_folder() / "models" / f"{SMOLLM2}-{_CONVERSION}"
+
+
 def smollm2_folder() -> Path:
     """Folder with the bf16 model and tokenizer; made at first use (about half a minute)."""
     source = gguf_file()
-    folder = store.cache_folder() / "models" / f"{SMOLLM2}-{_CONVERSION}"
+    folder = converted()
     with store.locked(folder):
         if not (folder / store.PROVENANCE).exists():
             shutil.rmtree(folder, ignore_errors=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from qatbench.errors import UsageError
 from qatbench.vlm import layout
 
 
@@ -48,8 +49,11 @@ def count(config: Mapping[str, Any]) -> Counts:
     if arch.model_type in ("qwen3", "qwen3_vl"):  # norms of queries and keys
         rest += layers * 2 * int(text["head_dim"])
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    words = int(text["vocab_size"]) * hidden * (1 if tied else 2)
-    tower, projector = _VISION[arch.model_type](config, hidden) if arch.is_vlm else (0, 0)
+    try:
+        words = int(text["vocab_size"]) * hidden * (1 if tied else 2)
+        tower, projector = _VISION[arch.model_type](config, hidden) if arch.is_vlm else (0, 0)
+    except KeyError as error:
+        raise UsageError(f"config.json of a {arch.model_type} model lacks {error}") from error
     return Counts(linears, linears + rest + words, tower, projector)
 
 

@@ -226,3 +226,6 @@ def test_a_config_without_sizes_is_an_error() -> None:
         counts.count({"model_type": "qwen2"})
     with pytest.raises(UsageError, match="not supported"):
         memory.need({"model_type": "gpt2"}, memory.Work("eval"))
+    vision = {k: v for k, v in SEVEN["vision_config"].items() if k != "patch_size"}
+    with pytest.raises(UsageError, match="lacks 'patch_size'"):
+        counts.count(SEVEN | {"vision_config": vision})
