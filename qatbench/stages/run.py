@@ -26,6 +26,7 @@ from qatbench.stages.quantize import QuantizeSettings, quantize
 from qatbench.stages.train import TrainRequest, train
 from qatbench.stages.train_settings import TrainSettings
 from qatbench.stages.workers import Job
+from qatbench.tasks import selector
 from qatbench.vlm.load import ModelFolder
 
 KEPT_WITH_RESULTS = {"train.jsonl": "train.jsonl", store.PROVENANCE: "checkpoint.json"}
@@ -201,4 +202,5 @@ def request_of(plan: Plan, unit: Unit, save_every: int) -> TrainRequest:
         init=model_of(plan, unit.init) if unit.init else None,
         teacher_dtype=how.teacher_dtype,
         checkpointing=how.checkpointing,
+        places=selector.places(plan.paths),
     )
