@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qatbench import __version__
-from qatbench.cli_make import quantize_command
+from qatbench.cli_doctor import doctor_command
+from qatbench.cli_make import card_command, quantize_command
 from qatbench.cli_mini import app as mini_app
 from qatbench.cli_options import (
     Arms,
@@ -39,7 +40,12 @@ from qatbench.cli_options import (
     same_options,
     worker_options,
 )
-from qatbench.cli_show import comparison_result, dry_run_result, metric_row, worst_drop
+from qatbench.cli_show import (
+    comparison_result,
+    dry_run_result,
+    evaluation_result,
+    worst_drop,
+)
 from qatbench.cli_train import train_command
 from qatbench.errors import QatbenchError, UsageError
 from qatbench.ui import Ui, report_error, table
@@ -64,6 +70,8 @@ def _root(
 
 app.command("quantize")(quantize_command)
 app.command("train-qat")(train_command)
+app.command("card")(card_command)
+app.command("doctor")(doctor_command)
 app.add_typer(mini_app, name="mini")
 
 
@@ -99,7 +107,6 @@ def eval_command(
 
     Example: qatbench eval smollm2-135m --task scienceqa --data mini-text --limit 50 --out out/base
     """
-    from qatbench import store
     from qatbench.stages.evaluate import EvalSettings, evaluate
     from qatbench.tasks import selector
     from qatbench.vlm.load import find
@@ -124,10 +131,7 @@ def eval_command(
         evaluate(
             find(model), settings, data_paths(data, tasks), out, resume=resume, progress=progress
         )
-    metrics = store.read_json(out / "metrics.json")
-    rows = [metric_row(item) for item in metrics["tasks"]]
-    ui.result(metrics | {"out": str(out)}, [table(f"{model}", rows)])
-    ui.next_command(f"qatbench compare {out} OTHER_RUN --baseline {out} --out comparison")
+    evaluation_result(ui, model, out)
 
 
 @app.command("compare")

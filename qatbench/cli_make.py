@@ -1,7 +1,8 @@
-"""The verb that makes checkpoints without training: quantize."""
+"""The verbs that make checkpoints without training, and their cards: quantize, card."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -22,7 +23,8 @@ from qatbench.cli_options import (
     data_paths,
 )
 from qatbench.cli_show import checkpoint_result
-from qatbench.ui import Ui
+from qatbench.errors import UsageError
+from qatbench.ui import Ui, table
 
 
 def quantize_command(
@@ -65,3 +67,26 @@ def quantize_command(
     with ui.progress() as progress:
         record = quantize(find(model), settings, paths, out, resume=resume, progress=progress)
     checkpoint_result(ui, record, out)
+
+
+def card_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that qatbench made.")],
+    runs: Annotated[list[Path] | None, typer.Argument(help="Evaluations of it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the README.md of CHECKPOINT anew, with the scores of RUNS in the hub's metadata.
+
+    Example: qatbench card out/gptq runs/gptq
+    """
+    from qatbench.stages.card import README, rewrite
+    from qatbench.vlm.load import find
+
+    ui = Ui(as_json=as_json)
+    if not checkpoint.is_dir():
+        raise UsageError(f"{checkpoint} is no folder", hint="the --out of quantize or train-qat")
+    scores = rewrite(find(str(checkpoint.absolute())), runs or [])
+    keys = ("task", "protocol", "mode", "n", "accuracy", "low", "high")
+    rows = [{key: str(row[key]) for key in keys} for row in scores]
+    page = checkpoint / README
+    shown = [table("scores on the card", rows)] if rows else []
+    ui.result({"card": str(page), "scores": scores}, [*shown, f"wrote {page}"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qatbench import store
 from qatbench.ui import Ui, table
 
 
@@ -40,6 +41,16 @@ def dry_run_result(ui: Ui, found: dict[str, Any]) -> None:
     rows = [{k: "-" if v is None else str(v) for k, v in row.items()} for row in found["units"]]
     missing = [f"missing: {what}" for what in found["missing"]]
     ui.result(found, [table(f"{found['recipe']}: estimates", rows), *missing])
+
+
+def evaluation_result(ui: Ui, model: str, out: Path) -> None:
+    """Show the metrics of a finished evaluation."""
+    metrics = store.read_json(out / "metrics.json")
+    rows = [metric_row(item) for item in metrics["tasks"]]
+    ui.result(metrics | {"out": str(out)}, [table(model, rows)])
+    ui.next_command(f"qatbench compare {out} OTHER_RUN --baseline {out} --out comparison")
+    if Path(model, store.PROVENANCE).is_file():
+        ui.next_command(f"qatbench card {model} {out}   # the scores, in its README.md")
 
 
 def metric_row(item: dict[str, Any]) -> dict[str, str]:

@@ -140,11 +140,13 @@ def _train(ui: Ui, given: dict[str, Any]) -> None:
     from qatbench.stages import train as stage
     from qatbench.stages import training_sources
     from qatbench.stages.distributed import join
+    from qatbench.tasks import selector
     from qatbench.vlm.load import find
 
     specs = [training_sources.parse(text, given["images"]) for text in given["train"]]
     tasks = [spec.questions.split(":")[0] for spec in specs if spec.questions]
-    rows = training_sources.load(specs, data_paths(given["data"], tasks))
+    paths = data_paths(given["data"], tasks)
+    rows = training_sources.load(specs, paths)
     rows = rows.limited(given["limit"], given["seed"])
     request = stage.TrainRequest(
         _settings(given),
@@ -161,6 +163,7 @@ def _train(ui: Ui, given: dict[str, Any]) -> None:
         compile=given["compile"],
         compile_blocks=given["compile_blocks"],
         remarks=tuple(rows.notes()),
+        places=selector.places(paths),
     )
     with ui.progress() as progress:
         record = stage.train(request, given["out"], resume=given["resume"], progress=progress)

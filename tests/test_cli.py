@@ -18,7 +18,7 @@ from qatbench.stages import compare as comparing
 from qatbench.tasks import selector
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("quantize", "train-qat", "eval", "compare", "run", "tune")
+VERBS = ("quantize", "train-qat", "eval", "compare", "run", "tune", "card", "doctor")
 WORDS = {
     "quantize": ["MODEL", "--method", "--bits", "--group-size", "--calib", "--out", "--json"],
     "train-qat": ["STUDENT", "--teacher", "--steps", "--lr", "--seed", "--resume", "--save-every"],
@@ -26,6 +26,8 @@ WORDS = {
     "compare": ["RUNS", "--baseline", "--margin", "--max-drop", "--intersection", "--json"],
     "run": ["RECIPE", "--arm", "--limit", "--dry-run", "--device", "--json"],
     "tune": ["RECIPE", "--fold", "--json"],
+    "card": ["CHECKPOINT", "RUNS", "--json"],
+    "doctor": ["--model", "--method", "--teacher", "--batch-size", "--length", "--data", "--json"],
 }
 RECIPE = """\
 name: dry

@@ -47,6 +47,8 @@ LIGHT_MODULES = (
     "qatbench.vlm.builtin",
     "qatbench.stages.grid_check",
     "qatbench.stages.dry_run",
+    "qatbench.stages.doctor",
+    "qatbench.stages.doctor_probe",
     "qatbench.tasks.selector",
     "qatbench.mini",
 )

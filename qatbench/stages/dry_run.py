@@ -8,15 +8,16 @@ from typing import Any
 
 from qatbench import store
 from qatbench.errors import UsageError
-from qatbench.recipe import TRAINED, Arm, Recipe
+from qatbench.recipe import QUANTIZED, TAUGHT, TRAINED, Arm, ArmRef, Recipe
 from qatbench.stages.grid_check import peek
 from qatbench.tasks import selector
-from qatbench.vlm import layout
+from qatbench.vlm import memory
+from qatbench.vlm.counts import count, stored
 
 # Floating-point operations a second that this project's own stages reached: used for estimates
 # only, which are printed as such. CPU: 2 cores, fp32; GPU: H100, bf16 with small batches.
 FLOPS = {"cpu": 6e10, "cuda": 4e13}
-TOKENS_PER_SAMPLE = 100
+TOKENS_PER_SAMPLE, ANSWER_TOKENS = 100, 10
 GIB = 2**30
 
 
@@ -35,14 +36,14 @@ def dry_run(
     `arms`, `seeds` and `limit` narrow it down as they narrow the run.
 
     Returns: `units` (unit, evaluated, checkpoint, seconds, memory_gib, disk_gib) and `missing`
-        (data folders that are not there). Estimates are None for a model only the hub knows.
+        (data folders that are not there). Estimates are None for a model that only the hub knows,
+        or a config that leaves sizes out.
     Raises: UsageError for an unknown arm.
     """
     unknown = [name for name in arms if name not in recipe.arms]
     if unknown:
         raise UsageError(f"no arm {unknown[0]!r}", hint=f"arms: {', '.join(recipe.arms)}")
     config = peek(recipe.student)
-    weights = _weights(config) if config else None
     root = results / recipe.name
     units = []
     for name, arm in recipe.arms.items():
@@ -59,7 +60,7 @@ def dry_run(
             if evaluated:
                 units.append(row | dict.fromkeys(("seconds", "memory_gib", "disk_gib"), 0.0))
             else:
-                units.append(row | _estimate(recipe, arm, weights, device, made, limit))
+                units.append(row | _estimate(recipe, arm, config, device, made, limit))
     places = recipe.data.paths | dict(paths)
     absent = [f"{task}: {path}" for task, path in places.items() if not _there(path)]
     return {"recipe": recipe.name, "device": device, "units": units, "missing": absent}
@@ -70,33 +71,57 @@ def _there(path: str) -> bool:
     return path in selector.BUILT_IN or not looks_local or Path(path).exists()
 
 
-def _weights(config: Mapping[str, Any]) -> int:
-    """Number of weights: the language model's linears, and its embeddings once."""
-    text = layout.text_sizes(config)
-    shapes = layout.linear_shapes(config)
-    width = shapes[next(iter(shapes))][1]
-    return sum(out * n for out, n in shapes.values()) + int(text.get("vocab_size", 0)) * width
-
-
 def _estimate(
-    recipe: Recipe, arm: Arm, weights: int | None, device: str, made: bool, limit: int | None
+    recipe: Recipe,
+    arm: Arm,
+    config: Mapping[str, Any] | None,
+    device: str,
+    made: bool,
+    limit: int | None,
 ) -> dict[str, float | None]:
-    if weights is None:
+    try:
+        weights = count(config).language if config else 0
+    except UsageError:  # a config without all of its sizes, which the model class knows
+        weights = 0
+    if config is None or not weights:
         return {"seconds": None, "memory_gib": None, "disk_gib": None}
     rate = FLOPS["cpu" if device == "cpu" else "cuda"]
     asked = limit or recipe.evaluation.limit or 4241
     work = 2.0 * weights * TOKENS_PER_SAMPLE * asked
-    memory, disk = 4.0 * weights, 0.0
+    disk = 0.0
     if not made and arm.kind in TRAINED:
         training = recipe.training_of(arm)
-        passes = 8 if arm.kind in ("kd", "grace") else 6
+        passes = 8 if arm.kind in TAUGHT else 6
         work += passes * weights * TOKENS_PER_SAMPLE * training.steps * training.batch_size
-        memory, disk = 16.0 * weights, 2.0 * weights
     elif not made and arm.kind != "base":
         work += 12.0 * weights * TOKENS_PER_SAMPLE * recipe.calibration.samples
-        memory, disk = 8.0 * weights, weights
+    if not made and arm.kind != "base":
+        grid = recipe.grid_of(arm)
+        disk = stored(config, grid.bits if arm.kind in QUANTIZED else 16, grid.group_size)
     return {
         "seconds": round(work / rate, 1),
-        "memory_gib": round(memory / GIB, 2),
+        "memory_gib": round(_memory(recipe, arm, config, device, made) / GIB, 2),
         "disk_gib": round(disk / GIB, 2),
     }
+
+
+def _memory(recipe: Recipe, arm: Arm, config: Mapping[str, Any], device: str, made: bool) -> float:
+    """Bytes at once on the device: of making the checkpoint, or of asking it where it is made."""
+    grid, training = recipe.grid_of(arm), recipe.training_of(arm)
+    work = memory.Work(
+        "eval" if made else arm.kind,
+        bits=grid.bits if arm.kind in QUANTIZED else 16,
+        group_size=grid.group_size,
+        batch_size=training.micro_batch_size,
+        length=TOKENS_PER_SAMPLE,
+        answer=ANSWER_TOKENS,
+        accumulated=training.batch_size > training.micro_batch_size,
+        weights=training.weights,
+        optimizer=training.optimizer,
+        checkpointing=training.checkpointing,
+        teacher_dtype=training.teacher_dtype,
+        device=device,
+    )
+    named = recipe.teacher_of(arm)
+    teacher = config if isinstance(named, ArmRef) or named is None else peek(named)
+    return memory.need(config, work, teacher).total

@@ -140,6 +140,7 @@ def evaluate(
             "prompt_form": Encoder(loaded).form,
             "dtype": str(dtype).removeprefix("torch."),
             "batch_size": settings.batch_size or f"{_budget(device)} padded tokens",
+            "data": {task: selector.place(task, paths) for task in names},
         },
     )
     (out / PARTIAL).unlink(missing_ok=True)
@@ -216,7 +217,7 @@ def _model_record(model: ModelFolder) -> dict[str, Any]:
         "fingerprint": model.fingerprint(),
         "checkpoint_bytes": model.weight_bytes(),
         "bits_per_weight": known.get("bits_per_weight", 16.0),
-        **{key: value for key, value in known.items() if key not in ("reload", "layers")},
+        **{key: value for key, value in known.items() if key not in ("reload", "layers", "origin")},
     }
 
 

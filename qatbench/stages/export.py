@@ -23,6 +23,7 @@ from torch import Tensor
 from qatbench import __version__, store
 from qatbench.errors import NumericsError
 from qatbench.quant.result import Quantized
+from qatbench.stages import card
 from qatbench.vlm import load as models
 from qatbench.vlm.batch import Encoded, Encoder
 from qatbench.vlm.load import Loaded, ModelFolder
@@ -40,7 +41,11 @@ _DROP = ("config.json", "model.safetensors.index.json", "provenance.json", "quan
 
 
 def write_packed(
-    source: ModelFolder, loaded: Loaded, quantized: Quantized, out: Path
+    source: ModelFolder,
+    loaded: Loaded,
+    quantized: Quantized,
+    out: Path,
+    told: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint of `quantized` into `out` and prove it; returns its figures.
 
@@ -49,6 +54,7 @@ def write_packed(
         loaded: that model in memory, dense (on the CPU afterwards, with the intended weights).
         quantized: what the quantizer or the trainer made.
         out: the stage's folder.
+        told: the stage's own figures, for the model card.
 
     Raises: NumericsError when the reloaded logits are off; ArtifactError when weights are missing.
     """
@@ -60,11 +66,14 @@ def write_packed(
         dense = {f"{name}.weight": linear.dense() for name, linear in quantized.linears.items()}
         install(loaded.model, dense)
         figures = {"bits_per_weight": bits_per_weight(quantized), "reload": prove(scratch, loaded)}
+        card.write(scratch, source, dict(told or {}) | figures)
         _publish(scratch, out)
     return figures
 
 
-def write_dense(source: ModelFolder, loaded: Loaded, out: Path) -> dict[str, Any]:
+def write_dense(
+    source: ModelFolder, loaded: Loaded, out: Path, told: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Write a 16-bit (bf16) checkpoint of the model in memory, and prove that it loads."""
     state = loaded.model.state_dict()
     tensors = {key: _stored(state[key], torch.bfloat16) for key in _saved_keys(loaded)}
@@ -75,6 +84,7 @@ def write_dense(source: ModelFolder, loaded: Loaded, out: Path) -> dict[str, Any
         config = {k: v for k, v in source.config.items() if k != "quantization_config"}
         store.write_json(scratch / "config.json", _with_dtype(config, torch.bfloat16))
         figures = {"bits_per_weight": 16.0, "reload": prove(scratch, loaded)}
+        card.write(scratch, source, dict(told or {}) | figures)
         _publish(scratch, out)
     return figures
 

@@ -8,7 +8,7 @@ from typing import Any
 from qatbench import store
 from qatbench.errors import PrerequisiteError, UsageError
 from qatbench.tasks import protocols, selector
-from qatbench.vlm import builtin, layout
+from qatbench.vlm import builtin, layout, shapes
 
 
 def check_grid(student: str, bits: int, group_size: int) -> list[str]:
@@ -30,16 +30,16 @@ def check_name(kind: str, text: str) -> str | None:
 
 
 def peek(name: str) -> dict[str, Any] | None:
-    """config.json of a local or built-in model; None for what only the hub knows.
+    """config.json of a local, built-in or well-known model; None for what only the hub knows.
 
     Raises: PrerequisiteError when it is neither.
     """
     if name == builtin.SMOLLM2:
-        return dict(builtin.SMOLLM2_SIZES)
+        return dict(shapes.SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"])
     if name in builtin.MINI:
         return store.read_json(builtin.mini_folder(name) / "config.json")
     if Path(name).is_dir():
         return store.read_json(Path(name) / "config.json")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return None
+        return shapes.SHAPES.get(name)
     raise PrerequisiteError(f"no model at {name}", hint="a folder, a hub id, or a built-in name")

@@ -21,7 +21,7 @@ from qatbench.quant.grid import Grid
 from qatbench.quant.result import Layout, Quantized, layout_of
 from qatbench.quant.rtn import round_to_nearest
 from qatbench.records import Question
-from qatbench.stages import export
+from qatbench.stages import card, export
 from qatbench.stages.common import Progress
 from qatbench.stages.layer_error import compare_layers
 from qatbench.tasks import protocols, selector
@@ -122,7 +122,9 @@ def quantize(
         progress("Comparing layer errors with RTN", 0, 0)
         figures["layers"] = compare_layers(loaded, quantized, names, grid, batches)
     progress("Writing and reloading the checkpoint", 0, 0)
-    figures |= export.write_packed(model, loaded, quantized, out)
+    seed = settings.seed if questions else None
+    figures["origin"] = card.origin(model, _data(settings, questions, paths), seed)
+    figures |= export.write_packed(model, loaded, quantized, out, figures)
     return folder.finish(
         inputs={"model": {"name": Path(model.name).name, "fingerprint": model.fingerprint()}},
         seconds=time.monotonic() - started,
@@ -254,6 +256,16 @@ def _padded(batches: Sequence[dict[str, Tensor]], pad: int) -> dict[str, Tensor]
         return torch.cat([F.pad(row, (0, length - row.shape[1]), value=value) for row in rows])
 
     return {"input_ids": stack("input_ids", pad), "attention_mask": stack("attention_mask", 0)}
+
+
+def _data(
+    settings: QuantizeSettings, questions: Sequence[Question], paths: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Name, number and place of the calibration samples, for the record."""
+    if settings.calibration is None or not questions:
+        return []
+    place = selector.place(settings.calibration.task, paths)
+    return [{"name": str(settings.calibration), "n": len(questions), "place": place}]
 
 
 def _search_note(method: str, grouped: Sequence[dict[str, Tensor]]) -> list[str]:

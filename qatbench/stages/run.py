@@ -26,6 +26,7 @@ from qatbench.stages.quantize import QuantizeSettings, quantize
 from qatbench.stages.train import TrainRequest, train
 from qatbench.stages.train_settings import TrainSettings
 from qatbench.stages.workers import Job
+from qatbench.tasks import selector
 from qatbench.vlm.load import ModelFolder
 
 KEPT_WITH_RESULTS = {"train.jsonl": "train.jsonl", store.PROVENANCE: "checkpoint.json"}
@@ -200,4 +201,5 @@ def request_of(plan: Plan, unit: Unit, save_every: int) -> TrainRequest:
         remarks=tuple(plan.train_set.notes()),
         init=model_of(plan, unit.init) if unit.init else None,
         **{name: getattr(how, name) for name in HOW},
+        places=selector.places(plan.paths),
     )

@@ -69,7 +69,7 @@ def train(request: TrainRequest, out: Path, *, resume: bool, progress: Progress)
     run.fit(progress)
     progress("Writing and reloading the checkpoint", 0, 0)
     figures = run.figures() if world.main else {}
-    figures |= run.export()
+    figures |= run.export(figures)
     if world.main:
         shutil.rmtree(out / "state", ignore_errors=True)
         folder.finish(
@@ -282,6 +282,7 @@ class TrainingRun:
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "notes": told,
+            "origin": self.request.origin,
         }
         if settings.method in QUANTIZED:
             figures |= {"bits": settings.bits, "group_size": settings.group_size}
@@ -294,7 +295,7 @@ class TrainingRun:
             figures["leakage"] = list(self.request.leakage)
         return figures
 
-    def export(self) -> dict[str, Any]:
+    def export(self, told: dict[str, Any] | None = None) -> dict[str, Any]:
         """Write the trained model: packed codes and scales, or bf16 weights; returns its figures.
 
         All processes must call; those that do not write return {}.
@@ -307,7 +308,7 @@ class TrainingRun:
             self.student = rebuilt(self.settings, self.request.student, self.request.init, whole)
         model = self.student.model.eval()
         if self.settings.method not in QUANTIZED:
-            return export.write_dense(self.request.student, self.student, self.out)
+            return export.write_dense(self.request.student, self.student, self.out, told)
         grid = Grid(self.settings.bits, self.settings.group_size)
         linears = {}
         for name in language_linears(self.request.student):
@@ -316,4 +317,4 @@ class TrainingRun:
         lsq.detach(model)
         layout = layout_of(self.settings.layout, self.settings.method, self.settings.bits)
         quantized = Quantized(self.settings.method, layout, linears)
-        return export.write_packed(self.request.student, self.student, quantized, self.out)
+        return export.write_packed(self.request.student, self.student, quantized, self.out, told)

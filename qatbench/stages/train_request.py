@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
 from qatbench.records import Question
+from qatbench.stages import card
 from qatbench.stages.train_settings import TrainSettings
 from qatbench.tasks import sources
 from qatbench.tasks.sources import Item, Source
@@ -34,6 +35,7 @@ class TrainRequest:
     compile_blocks: bool = False  # the decoder blocks of student and teacher
     remarks: tuple[str, ...] = ()  # on the training data, for the report
     leakage: tuple[str, ...] = ()  # which evaluation questions are among them, for the report
+    places: Mapping[str, str] = field(default_factory=dict)  # of a task's data, for the card
 
     def how(self, device: str) -> dict[str, Any]:
         """What `student.prepare` is told of memory and compilation, for a type of device."""
@@ -51,3 +53,14 @@ class TrainRequest:
     def samples(self) -> list[Item]:
         """All training samples."""
         return [item for source in sources.given(self.questions) for item in source.items]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Base, teacher, sources and seed, for the record and the model card."""
+        given = sources.given(self.questions)
+        data = [
+            {"name": s.name, "n": len(s.items), "place": self.places.get(s.name.split(":")[0])}
+            | ({"weight": s.weight} if len(given) > 1 else {})
+            for s in given
+        ]
+        return card.origin(self.student, data, self.settings.seed, self.teacher)

@@ -94,6 +94,18 @@ def shareable(task: str, source: str | None) -> bool:
     return source in BUILT_IN or TASKS[task].shareable
 
 
+def place(task: str, paths: Mapping[str, str]) -> str:
+    """Where a task's data come from, for the record: built in, a hub id, or `local files`."""
+    source = str(paths.get(task, TASKS[task].default_source))
+    named = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    return source if source in BUILT_IN or (named and not Path(source).exists()) else "local files"
+
+
+def places(paths: Mapping[str, str]) -> dict[str, str]:
+    """`place` of every task."""
+    return {task: place(task, paths) for task in TASKS}
+
+
 def digest(questions: Iterable[Question]) -> str:
     """SHA-256 (hex) of the questions' content and order: equal digests, equal question sets.
 

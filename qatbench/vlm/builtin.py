@@ -25,17 +25,6 @@ MANIFEST = "manifest.json"  # SHA-256 of every file of the shipped models
 SMOLLM2_LABEL = "weights dequantized from Q4_1"
 _CONVERSION = 1  # raise when the conversion changes: cached folders of older ones are not used
 
-# config.json of SmolLM2-135M-Instruct, for checks before any weight is read
-SMOLLM2_SIZES = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "num_hidden_layers": 30,
-    "head_dim": 64,
-    "vocab_size": 49152,
-}
 _KEPT = (
     "attention_bias",
     "bos_token_id",
@@ -104,10 +93,15 @@ def gguf_file() -> Path:
     return files[0]
 
 
+def converted() -> Path:
+    """Where the converted model is kept, be it there already or not."""
+    return store.cache_folder() / "models" / f"{SMOLLM2}-{_CONVERSION}"
+
+
 def smollm2_folder() -> Path:
     """Folder with the bf16 model and tokenizer; made at first use (about half a minute)."""
     source = gguf_file()
-    folder = store.cache_folder() / "models" / f"{SMOLLM2}-{_CONVERSION}"
+    folder = converted()
     with store.locked(folder):
         if not (folder / store.PROVENANCE).exists():
             shutil.rmtree(folder, ignore_errors=True)

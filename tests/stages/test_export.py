@@ -178,7 +178,7 @@ def test_a_finished_folder_holds_a_model_and_its_processor(make: Make) -> None:
     assert {file.name for file in made.path.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "provenance.json"),
         *("tokenizer.json", "tokenizer_config.json", "processor_config.json"),
-        "chat_template.jinja",
+        *("chat_template.jinja", "README.md"),
     }
     assert transformers.AutoProcessor.from_pretrained(made.path).chat_template == tiny.TEMPLATE
 

@@ -388,7 +388,7 @@ def test_a_run_that_was_cut_before_its_export_tells_what_an_uninterrupted_one_te
     asked = request(llava, data, settings, teacher=llava, subset="all", save_every=1)
     whole = train(asked, tmp_path / "whole", resume=False, progress=quiet)["figures"]
 
-    def stop(self: TrainingRun) -> dict[str, Any]:
+    def stop(self: TrainingRun, told: dict[str, Any]) -> dict[str, Any]:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -85,9 +85,9 @@ def test_a_wheel_holds_the_weights(tmp_path: Path) -> None:
                "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    inside = {
-        name.removeprefix("qatbench/mini/weights/") for name in zipfile.ZipFile(wheel).namelist()
-    }
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "qatbench/stages/card.md.jinja" in names
+    inside = {name.removeprefix("qatbench/mini/weights/") for name in names}
     listed = json.loads((builtin.WEIGHTS / builtin.MANIFEST).read_text())
     assert {*listed, builtin.MANIFEST} <= inside
 
