@@ -61,12 +61,12 @@ def solve(
     if not batches:
         raise PrerequisiteError("no calibration samples", hint="--calib TASK:SPLIT")
     layout = layout or layout_of("auto", method, grid.bits)
-    found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    found: dict[str, QuantizedLinear] = {}
     path = path.resolve()  # before the current folder changes
     layers = names[0].partition(".0.")[0] + "."
 
     def take(name: str, q_scales: Tensor, q_zeros: Tensor, layers: Any, **_: Any) -> str:
-        found[name] = (layers[name].weight.detach().clone(), q_scales, q_zeros)
+        found[name] = _linear(layers[name].weight.detach(), q_scales, q_zeros, grid, name)
         progress(len(found), len(names))
         return "handed over"
 
@@ -86,7 +86,7 @@ def solve(
     missing = sorted(set(names) - set(found))
     if missing or set(found) - set(names):
         raise NumericsError(f"{method} left out {len(missing)} linears, e.g. {missing[:2]}")
-    linears = {name: _linear(*found[name], grid, name) for name in names}
+    linears = {name: found[name] for name in names}
     return Quantized(method, layout, linears, others)
 
 

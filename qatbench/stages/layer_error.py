@@ -19,6 +19,7 @@ from qatbench.quant.rtn import round_to_nearest
 from qatbench.vlm.load import Loaded
 
 SAMPLES = 16
+KEPT = 4 << 30  # bytes of dense weights of a method, on the device
 
 
 def compare_layers(
@@ -60,7 +61,7 @@ def _layer_errors(
 ) -> dict[str, list[float]]:
     layers = loaded.model.get_submodule(loaded.arch.layers)
     assert isinstance(layers, nn.ModuleList)
-    weights = {kind: _by_layer(variant, loaded) for kind, variant in variants.items()}
+    weights = {kind: _Dense(variant, loaded) for kind, variant in variants.items()}
     errors = {kind: [0.0] * len(layers) for kind in variants}
     sizes = [0.0] * len(layers)
     busy = False
@@ -75,7 +76,7 @@ def _layer_errors(
             entered = _first(args[0] if args else kwargs["hidden_states"]).float()
             sizes[index] += (wanted - entered).square().sum().item()
             for kind, by_layer in weights.items():
-                got = functional_call(layer, by_layer[index], args, kwargs)
+                got = functional_call(layer, by_layer.of(index), args, kwargs)
                 errors[kind][index] += (_first(got).float() - wanted).square().sum().item()
             busy = False
 
@@ -104,11 +105,36 @@ def _first(value: Any) -> Tensor:
     return tensor
 
 
-def _by_layer(variant: Quantized, loaded: Loaded) -> dict[int, dict[str, Tensor]]:
-    found: dict[int, dict[str, Tensor]] = {}
-    prefix = loaded.arch.layers
-    for name, value in variant.weights().items():
-        if name.startswith(f"{prefix}."):
-            index, rest = name.removeprefix(f"{prefix}.").split(".", 1)
-            found.setdefault(int(index), {})[rest] = value.to(loaded.device)
-    return found
+class _Dense:
+    """Dense weights of a decoder layer, kept for the next sample as long as `KEPT` bytes hold them.
+
+    Of a 7B all of them would be 26 GB; its later layers are computed anew from their integers.
+    """
+
+    def __init__(self, variant: Quantized, loaded: Loaded) -> None:
+        self.variant, self.prefix, self.device = variant, loaded.arch.layers, loaded.device
+        self.kept: dict[int, dict[str, Tensor]] = {}
+        self.room = KEPT
+
+    def of(self, index: int) -> dict[str, Tensor]:
+        """By name inside the layer."""
+        if index in self.kept:
+            return self.kept[index]
+        inside = f"{self.prefix}.{index}."
+        linears, changed = self.variant.linears, self.variant.changed
+        found = {f"{name}.weight": linear for name, linear in linears.items()}
+        weights = {
+            name.removeprefix(inside): value.dense().to(self.device)
+            for name, value in found.items()
+            if name.startswith(inside)
+        }
+        weights |= {
+            name.removeprefix(inside): value.to(self.device)
+            for name, value in changed.items()
+            if name.startswith(inside)
+        }
+        size = sum(value.numel() * value.element_size() for value in weights.values())
+        if size <= self.room:
+            self.kept[index] = weights
+            self.room -= size
+        return weights

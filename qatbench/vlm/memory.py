@@ -109,15 +109,16 @@ def answering(config: Mapping[str, Any], work: Work) -> Need:
 
 
 def calibrating(config: Mapping[str, Any], work: Work) -> Need:
-    """What `quantize` holds: the model in fp32; on a GPU, every layer twice more while it compares.
+    """What `quantize` holds: the model in fp32, on a GPU the library's copy, and the integers.
 
     On the CPU the library's own copy, the integers and the reload proof lie in the same memory.
     """
     counts = count(config)
     if work.device == "cpu":
         return Need({"weights, integers, packing, reload": ON_CPU[work.method] * counts.total})
-    compared = {"layers compared with RTN": 8.0 * counts.linears}
-    return Need({"weights": 4.0 * counts.total} | (compared if work.method != "rtn" else {}))
+    copy = {"the library's copy": 4.0 * counts.total} if work.method != "rtn" else {}
+    held = {"weights": 4.0 * counts.total, "integers": 1.0 * counts.linears}
+    return Need(held | copy)
 
 
 def writing(config: Mapping[str, Any]) -> float:
