@@ -41,6 +41,7 @@ from qatbench.cli_options import (
 )
 from qatbench.cli_show import comparison_result, dry_run_result, metric_row, worst_drop
 from qatbench.cli_train import train_command
+from qatbench.cli_verify import verify_command
 from qatbench.errors import QatbenchError, UsageError
 from qatbench.ui import Ui, report_error, table
 
@@ -64,6 +65,7 @@ def _root(
 
 app.command("quantize")(quantize_command)
 app.command("train-qat")(train_command)
+app.command("verify")(verify_command)
 app.add_typer(mini_app, name="mini")
 
 
