@@ -15,7 +15,9 @@ from qatbench.quant.packing import WORD, pack_fields
 
 WEIGHTS = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
 SCALES = {"gptq": "scales", "awq": "scales", "compressed-tensors": "weight_scale"}
-BITS = {"gptq": (2, 3, 4, 8), "awq": (4,), "compressed-tensors": (4, 8)}
+GPTQ_BITS = (2, 3, 4, 8)
+"""Widths of transformers; gptqmodel 7.7 also has AWQ at 2 to 8 bits, in its own order but at 4."""
+VLLM_BITS = {"gptq": (4, 8), "awq": (4,), "compressed-tensors": (4, 8)}
 
 Shape = tuple[int, ...]
 

@@ -27,6 +27,7 @@ from verify_cases import (
     WEIGHTS,
     Case,
     Plant,
+    awq_at,
     both,
     compressed,
     config,
@@ -175,6 +176,22 @@ def test_narrow_widths_are_a_note(bits: int, sound: Sound) -> None:
     assert {finding.rule for finding in verdict.findings} == ({"plain-only"} if narrow else set())
     assert verdict.exit_code == 0
     assert (verdict.loader("vllm") == "refuses this width") == narrow
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_awq_at_other_widths_is_for_transformers_alone(
+    bits: int, sound: Sound, right: Callable[[str], Logits], tmp_path: Path
+) -> None:
+    folder = copied(sound("llava-awq"), awq_at(bits), tmp_path / "wide")
+    verdict = verify(folder)
+    assert [finding.rule for finding in verdict.findings] == ["plain-only"]
+    assert (verdict.exit_code, verdict.loader("vllm")) == (0, "refuses this width")
+    if bits == 8:  # so near the 4-bit values that it was made from
+        assert off(answers(folder, whole=True) or {}, right("llava-awq")) < 10 * RELOAD_BOUND
+    says(**{NOT: ["model.vision_tower", "model.multi_modal_projector"]})(folder)
+    assert rules_of(folder) == set()  # only vLLM minds
+    says(**{NOT: ["vision_tower", "multi_modal_projector"]})(folder)
+    assert rules_of(folder) == {"awq-skip-transformers"}
 
 
 def test_group_sizes_that_vllm_has_no_kernel_for(sound: Sound) -> None:
@@ -548,7 +565,7 @@ def test_every_rule_is_planted_and_every_repair_has_its_rule() -> None:
     planted = {rule for case in [*PLANTED, *CT] for rule in case.rules}
     planted |= {rule for *_, rules in NOTES for rule in rules}
     elsewhere = {"plain-only", "gptq-group-size", "ct-slow", "no-chat-template"}
-    elsewhere |= {"reload-fails", "reload-nan", "not-reloaded", "bits-unsupported"}
+    elsewhere |= {"reload-fails", "reload-nan", "not-reloaded"}
     assert planted | elsewhere == RULES.keys()
     assert not planted & elsewhere
     assert REPAIRS.keys() == {rule for rule, row in RULES.items() if row.repair != "no"}

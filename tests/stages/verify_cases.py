@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qatbench.quant.grid import Grid, quantize, search_scales
-from qatbench.quant.packing import dequantize_awq, dequantize_gptq
+from qatbench.quant.packing import dequantize_awq, dequantize_gptq, pack_fields
 from qatbench.quant.result import QuantizedLinear
 from qatbench.stages.export import RELOAD_BOUND
 
@@ -114,8 +114,8 @@ def unpacked(name: str) -> Plant:
     return tensors(change)
 
 
-def on_grid(weight: Tensor, group_size: int = tiny.GROUP) -> QuantizedLinear:
-    grid = Grid(4, group_size)
+def on_grid(weight: Tensor, group_size: int = tiny.GROUP, bits: int = 4) -> QuantizedLinear:
+    grid = Grid(bits, group_size)
     scales = search_scales(weight.float(), grid)
     return QuantizedLinear.from_codes(quantize(weight.float(), scales, grid), scales, grid)
 
@@ -139,6 +139,29 @@ def whole_rows(held: Tensors) -> None:
         parts = {p: held.pop(f"{name}.{p}") for p in ("qweight", "qzeros", "scales", "g_idx")}
         linear = on_grid(dequantize_gptq(parts, 4, tiny.GROUP), -1)
         held |= {f"{name}.{part}": value for part, value in linear.packed("gptq", name).items()}
+
+
+def five_bits(held: Tensors) -> None:
+    for key in held:
+        if key.endswith("qweight"):
+            held[key] = torch.zeros(held[key].shape[0] * 5 // 4, held[key].shape[1]).int()
+        if key.endswith("qzeros"):
+            held[key] = torch.zeros(held[key].shape[0], held[key].shape[1] * 5 // 4).int()
+
+
+def awq_at(bits: int) -> Plant:
+    """AWQ as gptqmodel packs it at other widths than 4: the words of GPTQ v2, by rows of inputs."""
+
+    def change(held: Tensors) -> None:
+        for key in [key for key in held if key.endswith(".qweight")]:
+            name = key.removesuffix(".qweight")
+            parts = [held.pop(f"{name}.{part}") for part in ("qweight", "qzeros", "scales")]
+            linear = on_grid(dequantize_awq(*parts, group_size=tiny.GROUP), bits=bits)
+            held[f"{name}.qweight"] = pack_fields(linear.fields, bits).T
+            held[f"{name}.qzeros"] = pack_fields(linear.zeros, bits).T
+            held[f"{name}.scales"] = linear.scales.half().T
+
+    return both(says(bits=bits), tensors(change))
 
 
 def rounded(suffix: str) -> Plant:
@@ -317,6 +340,10 @@ GPTQ = [
     Case(
         "words as floats", "qwen2_vl-gptq", each("qweight", lambda w: w.float()),
         {"packed-dtype"}, repairable=False,
+    ),
+    Case(
+        "five bits", "llava-gptq", both(says(bits=5), tensors(five_bits)), {"bits-unsupported"},
+        repairable=False,
     ),
     Case("bits", "qwen2_vl-gptq", says(bits=8), {"bits-differ"}),
     Case("bits as text", "qwen3_vl-gptq", says(bits="4"), {"bits-differ"}),

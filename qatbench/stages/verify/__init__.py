@@ -8,7 +8,7 @@ rules are functions here (`loaders`). Nothing of the checkpoint is executed or u
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,9 @@ def inspect(checked: Subject) -> list[Finding]:
     """What the rules find, defects first."""
     checks = EVERY + (PACKED + FORMATS[str(checked.method)] if checked.method else ())
     findings = [finding for check in checks for finding in check(checked)]
+    if any(finding.rule == "plain-only" for finding in findings):  # vLLM is not promised then
+        for_it = (f for f in findings if f.transformers or not f.vllm)
+        findings = [replace(finding, vllm="") for finding in for_it]
     return sorted(findings, key=lambda finding: not finding.defect)
 
 

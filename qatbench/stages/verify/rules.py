@@ -60,10 +60,10 @@ RULES: dict[str, Rule] = {
         "add the entry", "if"),
     "bits-unsupported": Rule(
         ERROR, ERROR, "no loader has this width in this format",
-        "quantize again: gptq has 2, 3, 4 and 8 bits, awq 4"),
+        "quantize again at 2, 3, 4 or 8 bits"),
     "plain-only": Rule(
-        "", "", "3- and 2-bit checkpoints are for plain transformers: vLLM refuses them",
-        "4 or 8 bits, if vLLM is wanted"),
+        "", "", "for plain transformers only: vLLM refuses this width in this format",
+        "4 bits, or 8 as gptq, if vLLM is wanted"),
     "dtype-unknown": Rule(
         ERROR, ERROR, "the config names a dtype that torch does not have",
         "write bfloat16 or float16", "yes"),

@@ -23,7 +23,7 @@ VERSIONS = ("gemm", "gemv", "gemv_fast", "llm-awq")
 def config_keys(subject: Subject) -> Iterator[Finding]:
     """Entries that vLLM asks for; transformers has 4 bits, groups of 128 and zero points."""
     real = {
-        "bits": stored_bits(subject) == 4,
+        "bits": stored_bits(subject) is not None,
         "group_size": stored_group_size(subject) is not None,
         "zero_point": True,
     }
@@ -32,7 +32,9 @@ def config_keys(subject: Subject) -> Iterator[Finding]:
         gone = list(dict.fromkeys((*gone, "zero_point")))
     if gone:
         absent = not subject.settings.keys() & set(gone)  # a null is no absence
-        assumed = absent and ("group_size" not in gone or stored_group_size(subject) == 128)
+        real_grid = {"bits": stored_bits(subject), "group_size": stored_group_size(subject)}
+        default = {"bits": 4, "group_size": 128}
+        assumed = absent and all(real_grid[k] == v for k, v in default.items() if k in gone)
         yield found(
             "config-keys", entry(gone[0]), ", ".join(gone),
             repairable=all(real[key] for key in gone), transformers="" if assumed else "error",

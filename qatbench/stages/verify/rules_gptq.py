@@ -47,12 +47,7 @@ def config_keys(subject: Subject) -> Iterator[Finding]:
             "config-keys", entry(wrong[0]), ", ".join(wrong),
             repairable=all(real[key] for key in wrong),
             transformers="error" if strict & set(wrong) else "",
-            vllm="error" if _for_vllm(subject) else "",
         )  # fmt: skip
-
-
-def _for_vllm(subject: Subject) -> bool:
-    return stored_bits(subject) not in (2, 3)
 
 
 # --- zero points --------------------------------------------------------------------------------
@@ -91,9 +86,8 @@ def zero_points(subject: Subject) -> Iterator[Finding]:
     elif real is not None and said != real:
         yield found("gptq-label", where, f"{said}, stored as {real}", repairable=True)
     whole = len(subject.parts("qzeros")) == len(subject.packed)
-    readable = whole and not odd_shapes(subject) and _for_vllm(subject)
-    if not readable:
-        return
+    if not whole or odd_shapes(subject) or stored_bits(subject) is None:
+        return  # nothing can be said of them
     if subject.settings.get("sym") == 0:  # 0 passes for false in every loader
         yield found("gptq-sym", entry("sym"), repairable=real is not None)
     elif real is None:
@@ -138,10 +132,10 @@ def order(subject: Subject) -> Iterator[Finding]:
         yield found("gptq-g-idx-range", few(list(subject.parts("g_idx").values())))
     if found_order == "out of order" and not acts:
         yield found("gptq-order", few(list(subject.parts("g_idx").values())))
-    if acts and _for_vllm(subject):
+    if acts:
         yield found("gptq-desc-act", entry("desc_act"), repairable=found_order == "in order")
     size = stored_group_size(subject)
-    if _for_vllm(subject) and size is not None and size not in VLLM_GROUPS:
+    if size is not None and size not in VLLM_GROUPS:
         yield found("gptq-group-size", entry("group_size"), str(size))
 
 
@@ -191,7 +185,7 @@ def blocks(subject: Subject) -> Iterator[Finding]:
 def vllm_modules(subject: Subject) -> Iterator[Finding]:
     """What vLLM takes for packed when the config lists modules."""
     listed = listed_modules(subject)
-    if listed is None or not _for_vllm(subject):
+    if listed is None:
         return  # it reads the types of the tensors
     names, head = list(subject.skeleton.linears), head_packed(subject)
     taken = loaders.vllm_gptq(subject.arch, names, listed, head=head)

@@ -51,10 +51,10 @@ def widths(subject: Subject) -> Iterator[Finding]:
     if real_size is not None and size != real_size and size is not None:
         yield found("group-differs", entry(f"{where}group_size"), f"{size!r}, stored {real_size}")
     told = real_bits if real_bits is not None else bits
-    if isinstance(told, int) and told not in checks.BITS[method]:
-        yield found("bits-unsupported", entry(f"{where}bits"), f"{told} bits, {method}")
-    elif method == "gptq" and told in (2, 3):
-        yield found("plain-only", entry("bits"), f"{told} bits")
+    if method == "gptq" and isinstance(told, int) and told not in checks.GPTQ_BITS:
+        yield found("bits-unsupported", entry("bits"), f"{told} bits")
+    elif isinstance(told, int) and told not in checks.VLLM_BITS[method]:
+        yield found("plain-only", entry(f"{where}bits"), f"{told} bits, {method}")
     odd = odd_shapes(subject)
     if odd and not _by_rule(subject):
         yield found("packed-shape", few(odd, 1), f"{len(odd)} tensors")
@@ -110,8 +110,14 @@ def outside(subject: Subject) -> Iterator[Finding]:
         if names:
             yield found(
                 f"{seen}-quantized", few(names), f"{len(names)} linears",
-                repairable=subject.method in ("gptq", "awq") and not odd_shapes(subject),
+                repairable=_readable(subject),
             )  # fmt: skip
+
+
+def _readable(subject: Subject) -> bool:
+    """Whether this project unpacks the words: gptq, and awq at 4 bits."""
+    known = subject.method == "gptq" or (subject.method == "awq" and stored_bits(subject) == 4)
+    return known and not odd_shapes(subject)
 
 
 def fused(subject: Subject) -> Iterator[Finding]:
