@@ -47,6 +47,7 @@ from qatbench.cli_show import (
     worst_drop,
 )
 from qatbench.cli_train import train_command
+from qatbench.cli_verify import verify_command
 from qatbench.errors import QatbenchError, UsageError
 from qatbench.ui import Ui, report_error, table
 
@@ -70,6 +71,7 @@ def _root(
 
 app.command("quantize")(quantize_command)
 app.command("train-qat")(train_command)
+app.command("verify")(verify_command)
 app.command("card")(card_command)
 app.command("doctor")(doctor_command)
 app.add_typer(mini_app, name="mini")

@@ -18,10 +18,11 @@ from qatbench.stages import compare as comparing
 from qatbench.tasks import selector
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("quantize", "train-qat", "eval", "compare", "run", "tune", "card", "doctor")
+VERBS = ("quantize", "train-qat", "verify", "eval", "compare", "run", "tune", "card", "doctor")
 WORDS = {
     "quantize": ["MODEL", "--method", "--bits", "--group-size", "--calib", "--out", "--json"],
     "train-qat": ["STUDENT", "--teacher", "--steps", "--lr", "--seed", "--resume", "--save-every"],
+    "verify": ["CHECKPOINT", "--repair", "--no-load", "--json"],
     "eval": ["MODEL", "--task", "--protocol", "--mode", "--limit", "--batch-size", "--dtype"],
     "compare": ["RUNS", "--baseline", "--margin", "--max-drop", "--intersection", "--json"],
     "run": ["RECIPE", "--arm", "--limit", "--dry-run", "--device", "--json"],

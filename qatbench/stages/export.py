@@ -241,12 +241,12 @@ def prove(folder: Path, intended: Loaded) -> dict[str, Any]:
         standard deviation of the logits; the bound; the linear's class that multiplied.
     Raises: NumericsError when a difference is above the bound or not a number.
     """
-    wanted = _probe(intended)
+    wanted = probe(intended)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     again = models.load(
         ModelFolder(str(folder), folder, config, {}), device="cpu", dtype=torch.float32
     )
-    got = _probe(again)
+    got = probe(again)
     record: dict[str, Any] = {"bound": RELOAD_BOUND, "kernel": models.kernel_name(again)}
     for kind, logits in wanted.items():
         error = ((got[kind] - logits).abs().max() / logits.std()).item()
@@ -261,7 +261,11 @@ def prove(folder: Path, intended: Loaded) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _probe(loaded: Loaded) -> dict[str, Tensor]:
+def probe(loaded: Loaded) -> dict[str, Tensor]:
+    """Logits of one text and, for a VLM, one image prompt: (1, tokens, vocabulary) fp32 each.
+
+    A dense model is moved to the CPU in fp32.
+    """
     model = loaded.model.to("cpu", torch.float32) if loaded.kernel == "dense" else loaded.model
     model.eval()
     encoder = Encoder(loaded)

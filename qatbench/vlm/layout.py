@@ -13,6 +13,8 @@ from qatbench.errors import UsageError
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Linears that vLLM joins into one, which must therefore be quantized alike."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,11 @@ class Architecture:
     vision: tuple[str, ...] = ()  # frozen but for what of it is projector, never quantized
     projector: tuple[str, ...] = ()  # trained, never quantized; may lie inside `vision`
     image_token_keys: tuple[str, ...] = ()  # config keys that hold the visual token's id
+    image_mark: str | None = None  # that token in the tokenizer
     mrope: bool = False  # positions are (time, height, width): arXiv:2409.12191, Sec. 2.1
     linears: tuple[str, ...] = ATTENTION + MLP
     published: tuple[tuple[str, str], ...] = ()  # prefix in memory -> in published weight files
+    vllm: tuple[tuple[str, str], ...] = ()  # prefix in files or configs -> in vLLM 0.33
 
     @property
     def is_vlm(self) -> bool:
@@ -53,10 +57,24 @@ class Architecture:
         transformers, old and new, and vLLM read that spelling; vLLM does not read the names in
         memory of a CLIP tower (its own have a `vision_model` part).
         """
-        for inside, outside in self.published:
-            if name.startswith(inside):
-                return outside + name.removeprefix(inside)
-        return name
+        return _renamed(name, self.published)
+
+    def vllm_name(self, key: str) -> str:
+        """What vLLM makes of a name in a weight file or in a list of its config."""
+        return _renamed(key, self.vllm)
+
+    def spellings(self, key: str) -> list[str]:
+        """Names in memory that transformers looks for when a weight file says `key`."""
+        inside = [a + key.removeprefix(b) for a, b in self.published if key.startswith(b)]
+        plain = key.replace(".vision_model.", ".")
+        return [key, *inside, plain, f"model.{plain}", plain.removeprefix("model.")]
+
+
+def _renamed(name: str, pairs: Sequence[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 def under(name: str, parts: Sequence[str]) -> bool:
@@ -89,8 +107,15 @@ _QWEN2_VL = Architecture(
     vision=("model.visual",),
     projector=("model.visual.merger",),
     image_token_keys=("image_token_id",),
+    image_mark="<|image_pad|>",
     mrope=True,
     published=(("model.language_model.", "model."), ("model.visual.", "visual.")),
+    vllm=(
+        ("model.language_model.", "language_model.model."),
+        ("model.visual.", "visual."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.", "language_model.model."),
+    ),
 )
 _ROWS = (
     Architecture("llama", "AutoModelForCausalLM", "LlamaForCausalLM", "model.layers"),
@@ -105,11 +130,18 @@ _ROWS = (
         vision=("model.vision_tower",),
         projector=("model.multi_modal_projector",),
         image_token_keys=("image_token_id", "image_token_index"),
+        image_mark="<image>",
         published=(
             ("model.language_model.", "language_model.model."),
             ("lm_head.", "language_model.lm_head."),
             ("model.vision_tower.", "vision_tower.vision_model."),
             ("model.multi_modal_projector.", "multi_modal_projector."),
+        ),
+        vllm=(
+            ("model.language_model.", "language_model.model."),
+            ("model.vision_tower.", "vision_tower."),
+            ("model.multi_modal_projector.", "multi_modal_projector."),
+            ("lm_head.", "language_model.lm_head."),
         ),
     ),
     _QWEN2_VL,
@@ -131,7 +163,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     Raises: UsageError for an architecture that is not in the table.
     """
     name = config.get("model_type")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UsageError(
             f"model type {name!r} is not supported",
             hint=f"supported: {', '.join(sorted(ARCHITECTURES))}",
