@@ -45,6 +45,8 @@ def measure(cell: Cell, source: Any, data: dict[str, str], scratch: Path) -> tup
     found = matrix.reload(record, source, out)
     if found.quantized != matrix.linears(source) or found.changed & matrix.vision_keys(source):
         raise SystemExit(f"{cell}: not the language model's linears alone were quantized")
+    if found.defects:
+        raise SystemExit(f"{cell}: qatbench verify finds {', '.join(found.defects)}")
     text = f"{found.text:.4f}" + ("" if found.image is None else f" / {found.image:.4f}")
     return text, found.missing, found.unexpected
 

@@ -18,6 +18,7 @@ from qatbench.stages.common import silent
 from qatbench.stages.quantize import quantize
 from qatbench.stages.train import TrainRequest, train
 from qatbench.stages.train_settings import TrainSettings
+from qatbench.stages.verify import verify
 from qatbench.tasks import selector
 from qatbench.vlm import layout
 from qatbench.vlm.load import ModelFolder, find
@@ -53,6 +54,7 @@ class Reloaded:
     unexpected: int
     quantized: set[str]  # modules that hold packed weights
     changed: set[str]  # 16-bit tensors that are not those of the source, bit for bit
+    defects: list[str]  # rules of `qatbench verify` that it breaks, vLLM's included
 
 
 def make(cell: Cell, source: ModelFolder, data: dict[str, str], out: Path) -> dict[str, Any]:
@@ -87,6 +89,7 @@ def reload(record: dict[str, Any], source: ModelFolder, out: Path) -> Reloaded:
         unexpected=len(info["unexpected_keys"]),
         quantized={name for name, module in model.named_modules() if hasattr(module, "qweight")},
         changed={key for key in old.keys() & new.keys() if not torch.equal(old[key], new[key])},
+        defects=[finding.rule for finding in verify(out, load=False).defects],
     )
 
 

@@ -35,6 +35,9 @@ SHARD_BYTES = 4 << 30
 # point, scale, nibble order, norm or vision weight in one layer moves it by 1.5 and more
 # (tests/stages/test_export.py asserts below 0.01 and above 0.5).
 RELOAD_BOUND = 0.05
+# One scale a row has the library pick another CPU kernel, which multiplies in bf16 (2^-9): on the
+# same models up to 0.1. Defects are still 15 times that.
+COARSE_KERNELS, COARSE_BOUND = ("TorchFusedLinear", "TorchFusedAwqLinear"), 0.3
 PROOF_TEXT = "Question: Which of these is a renewable resource, and why does it matter?\nAnswer:"
 _KEEP = ("*.json", "*.jinja", "*.model", "*.txt")
 _DROP = ("config.json", "model.safetensors.index.json", "provenance.json", "quantize_config.json")
@@ -247,14 +250,15 @@ def prove(folder: Path, intended: Loaded) -> dict[str, Any]:
         ModelFolder(str(folder), folder, config, {}), device="cpu", dtype=torch.float32
     )
     got = probe(again)
-    record: dict[str, Any] = {"bound": RELOAD_BOUND, "kernel": models.kernel_name(again)}
+    kernel = models.kernel_name(again)
+    bound = COARSE_BOUND if kernel in COARSE_KERNELS else RELOAD_BOUND
+    record: dict[str, Any] = {"bound": bound, "kernel": kernel}
     for kind, logits in wanted.items():
         error = ((got[kind] - logits).abs().max() / logits.std()).item()
         record[kind] = float(f"{error:.3g}")
-        if not error <= RELOAD_BOUND:
+        if not error <= bound:
             raise NumericsError(
-                f"reloaded logits ({kind}) differ by {error:.3g} of their spread, "
-                f"bound {RELOAD_BOUND}",
+                f"reloaded logits ({kind}) differ by {error:.3g} of their spread, bound {bound}",
                 hint="the checkpoint was not published; please report this",
             )
     return record

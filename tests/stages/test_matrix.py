@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matrix
 import pytest
@@ -12,6 +14,9 @@ from matrix import Cell
 
 from qatbench.errors import UsageError
 from qatbench.quant.result import layout_of
+from qatbench.stages.common import silent
+from qatbench.stages.quantize import quantize
+from qatbench.stages.verify import verify
 from qatbench.vlm.load import ModelFolder, find
 
 Source = Callable[[str], ModelFolder]
@@ -53,8 +58,20 @@ def test_it_reloads(cell: Cell, source: Source, data: dict[str, str], tmp_path: 
     assert not found.changed & matrix.vision_keys(folder)
     settings = find(str(tmp_path)).quantization or {}
     assert settings["quant_method"] == cell.layout
+    assert found.defects == []  # of transformers and, at 4 and 8 bits, of vLLM
     if cell.bits in (4, 8) and cell.layout == "gptq":
         assert settings["sym"]  # or vLLM refuses it
+
+
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+def test_one_scale_a_row_reloads(layout: Any, source: Source, tmp_path: Path) -> None:
+    folder = source("llava")
+    settings = replace(tiny.settings("text", "rtn"), group_size=-1, layout=layout)
+    record = quantize(folder, settings, {}, tmp_path, resume=False, progress=silent)
+    proof = record["figures"]["reload"]
+    assert (find(str(tmp_path)).quantization or {})["group_size"] == -1
+    assert max(proof["text"], proof["image"]) < min(0.15, proof["bound"])
+    assert verify(tmp_path, load=False).sound
 
 
 def test_layouts_of_methods_and_widths() -> None:
