@@ -24,6 +24,7 @@ from qatbench.stages import train as stage
 from qatbench.stages.objective import Distillation, accumulate, look
 from qatbench.stages.train import TrainingRun, TrainRequest, train
 from qatbench.stages.train_settings import ControllerSettings, TrainSettings, schedule
+from qatbench.stages.train_state import StepLog
 from qatbench.tasks import selector
 from qatbench.vlm import layout
 from qatbench.vlm import load as models
@@ -440,3 +441,15 @@ def test_an_image_without_a_defined_relation_is_left_out_of_the_mean(
     alone = rcka(one)
     assert alone
     assert rcka(flat) == pytest.approx(alone, rel=1e-5)
+
+
+def test_samples_that_were_skipped_are_known_after_a_resume(tmp_path: Path) -> None:
+    log = tmp_path / "train.jsonl"
+    steps = [{"step": 1, "skipped": {"a/1": "too long"}}, {"step": 2, "skipped": {"a/2": "torn"}}]
+    log.write_text("".join(json.dumps(step) + "\n" for step in steps))
+    opened = StepLog(log, 2)
+    opened.close()
+    assert opened.skipped == {"a/1": "too long", "a/2": "torn"}
+    opened = StepLog(log, 1)  # the second step is done again
+    opened.close()
+    assert opened.skipped == {"a/1": "too long"}
