@@ -93,7 +93,11 @@ def _estimate(
         work += passes * weights * TOKENS_PER_SAMPLE * training.steps * training.batch_size
         memory, disk = 16.0 * weights, 2.0 * weights
     elif not made and arm.kind != "base":
-        work += 12.0 * weights * TOKENS_PER_SAMPLE * recipe.calibration.samples
+        calibration = recipe.calibration
+        work += 12.0 * weights * TOKENS_PER_SAMPLE * calibration.samples
+        if arm.kind == "autoround":
+            shown = min(calibration.batch_size, calibration.samples) * calibration.iters
+            work += 6.0 * weights * TOKENS_PER_SAMPLE * shown
         memory, disk = 8.0 * weights, weights
     return {
         "seconds": round(work / rate, 1),
