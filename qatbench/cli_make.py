@@ -30,7 +30,9 @@ from qatbench.ui import Ui, table
 def quantize_command(
     model: Model,
     out: Out,
-    method: Annotated[Literal["rtn", "gptq", "awq"], typer.Option(help="PTQ method.")] = "rtn",
+    method: Annotated[
+        Literal["rtn", "gptq", "awq", "autoround"], typer.Option(help="PTQ method.")
+    ] = "rtn",
     bits: Bits = 4,
     group_size: GroupSize = 128,
     layout: LayoutName = "auto",
@@ -39,6 +41,7 @@ def quantize_command(
     protocol: Annotated[str, typer.Option(help="Form of the calibration prompts.")] = "qatbench",
     limit: Limit = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Calibration samples at once.")] = 8,
+    iters: Annotated[int, typer.Option(min=1, help="Steps a layer, of autoround alone.")] = 200,
     dtype: Dtype = None,
     data: Data = None,
     seed: Seed = 0,
@@ -61,7 +64,7 @@ def quantize_command(
     chosen = selector.parse(calib) if calib else None
     settings = QuantizeSettings(
         method, bits, group_size, chosen, min(samples, limit or samples), protocol, seed, device,
-        dtype, batch_size, layout,
+        dtype, batch_size, layout, iters,
     )  # fmt: skip
     paths = data_paths(data, [chosen.task]) if chosen else {}
     with ui.progress() as progress:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Kind = Literal["base", "sft", "kd", "rtn", "gptq", "awq", "qat", "grace"]
-PTQ: tuple[str, ...] = ("rtn", "gptq", "awq")
+Kind = Literal["base", "sft", "kd", "rtn", "gptq", "awq", "autoround", "qat", "grace"]
+PTQ: tuple[str, ...] = ("rtn", "gptq", "awq", "autoround")
+CALIBRATED: tuple[str, ...] = ("gptq", "awq", "autoround")
 TRAINED: tuple[str, ...] = ("sft", "kd", "qat", "grace")
 QUANTIZED: tuple[str, ...] = (*PTQ, "qat", "grace")
 TAUGHT: tuple[str, ...] = ("kd", "grace")
@@ -82,10 +83,11 @@ class DataSpec(_Section):
 
 
 class CalibrationSpec(_Section):
-    """Samples shown to GPTQ and AWQ."""
+    """Samples shown to GPTQ, AWQ and AutoRound."""
 
     samples: int = Field(128, ge=1)
     batch_size: int = Field(8, ge=1)
+    iters: int = Field(200, ge=1)
 
 
 class EvaluationSpec(_Section):

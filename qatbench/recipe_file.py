@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from qatbench.errors import QatbenchError, RecipeError
 from qatbench.recipe import (
+    CALIBRATED,
     NAME,
     QUANTIZED,
     TAUGHT,
@@ -175,7 +176,7 @@ def _arm_problems(recipe: Recipe, name: str, arm: Arm, lines: _Lines, known: set
         found.append(("of", "a base arm is the student itself"))
     if arm.kind in TRAINED and not recipe.data.train:
         found.append(("kind", f"{arm.kind} needs `data.train`"))
-    if arm.kind in ("gptq", "awq") and not recipe.data.calibration:
+    if arm.kind in CALIBRATED and not recipe.data.calibration:
         found.append(("kind", f"{arm.kind} needs `data.calibration`"))
     switched = arm.model_fields_set & {"gate", "rcka", "beta", "kl", "controller", "tokens"}
     if switched and arm.kind != "grace":

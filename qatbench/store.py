@@ -30,7 +30,10 @@ from qatbench.records import SCHEMA_VERSION, Prediction
 
 PROVENANCE = "provenance.json"
 UNFINISHED = "unfinished.json"
-PACKAGES = ("qatbench", "torch", "transformers", "gptqmodel", "optimum", "tokenizers", "numpy")
+PACKAGES = (
+    "qatbench", "torch", "transformers", "gptqmodel", "auto-round", "optimum", "tokenizers",
+    "numpy",
+)  # fmt: skip
 
 
 def cache_folder() -> Path:

@@ -25,7 +25,7 @@ from qatbench.vlm.load import ModelFolder, find
 
 FAMILIES = ("text", "qwen2", "qwen3", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 LAYOUTS = (("gptq", 8), ("gptq", 4), ("awq", 4), ("gptq", 3), ("gptq", 2))
-METHODS = ("rtn", "gptq", "awq", "qat", "grace")
+METHODS = ("rtn", "gptq", "awq", "autoround", "qat", "grace")
 TRAINED = ("qat", "grace")
 
 

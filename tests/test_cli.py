@@ -591,6 +591,20 @@ def test_dry_run_of_one_seed(qatbench: Qatbench) -> None:
     assert "qat/seed-0" not in units
 
 
+def test_dry_run_of_autoround_grows_with_its_iterations(qatbench: Qatbench) -> None:
+    seconds = []
+    for iters in (10, 100):
+        calibrated = RECIPE.replace("  eval:", "  calibration: scienceqa:train:text\n  eval:")
+        settings = f"calibration: {{iters: {iters}}}\narms:\n  gptq: {{kind: gptq}}\n"
+        text = calibrated.replace("arms:\n", settings + "  auto: {kind: autoround}\n")
+        Path("r.yaml").write_text(text)
+        units = json.loads(qatbench("run", "r.yaml", "--dry-run", "--json").out)["units"]
+        seconds.append({row["unit"]: row["seconds"] for row in units})
+    assert seconds[0]["gptq"] == seconds[1]["gptq"] < seconds[0]["auto"]
+    ten, hundred = (row["auto"] - row["gptq"] for row in seconds)
+    assert hundred == pytest.approx(10 * ten, rel=0.01)  # a tenth of a second is rounded away
+
+
 def test_dry_run_asks_nothing_for_what_is_evaluated(qatbench: Qatbench) -> None:
     before = dry(qatbench)["units"]
     done = Path("results", "dry", "base")

@@ -103,7 +103,7 @@ def test_defaults(write: Callable[[str], Path]) -> None:
     assert recipe.training.seeds == (0,)
     assert recipe.distillation.temperature == 2.0
     assert recipe.distillation.nontarget_weight == 4.0
-    assert recipe.calibration.samples == 128
+    assert (recipe.calibration.samples, recipe.calibration.iters) == (128, 200)
     assert recipe.margin == 1.0
     assert recipe.teacher is None
     assert recipe.baseline is None
@@ -151,6 +151,7 @@ CHAIN = """
     graced: {kind: grace, of: kd}
     kd: {kind: kd}
     sft-gptq: {kind: gptq, of: sft}
+    sft-autoround: {kind: autoround, of: sft}
     sft: {kind: sft}
     base: {kind: base}
 """
@@ -243,6 +244,7 @@ def test_several_sources_of_training_data(write: Callable[[str], Path]) -> None:
         ("a: {kind: rtn, grid: {group_size: 48}}", 0, "arms.a.grid.group_size", "64, 128"),
         ("a: {kind: base}\nb:\n  kind: rtn\n  of: c", 3, "arms.b.of", "no arm 'c'; there are a, b"),
         ("a: {kind: rtn}\nb: {kind: gptq, of: a}", 1, "arms.b.of", "'a' is quantized already"),
+        ("a: {kind: autoround}\nb: {kind: rtn, of: a}", 1, "arms.b.of", "'a' is quantized already"),
         ("a: {kind: qat}\nb: {kind: sft, of: a}", 1, "arms.b.of", "'a' is quantized already"),
         ("a: {kind: base}\nb: {kind: base, of: a}", 1, "arms.b.of", "the student itself"),
         ("a: {kind: qat, gate: false}", 0, "arms.a.gate", "only a grace arm"),
@@ -287,6 +289,20 @@ def test_a_wrong_arm_is_told_with_its_line(
         ("teacher: {arm: sft}\n", "", "{kind: grace}", 9, "arms.sft.kind: grace needs a `teacher`"),
         ("  train: scienceqa:train:text\n", "", "{kind: qat}", 9, "qat needs `data.train`"),
         ("  calibration: scienceqa:train:text\n", "", "{kind: awq}", 9, "needs `data.calibration`"),
+        (
+            "  calibration: scienceqa:train:text\n",
+            "",
+            "{kind: autoround}",
+            9,
+            "autoround needs `data.calibration`",
+        ),
+        (
+            "grid: {",
+            "calibration: {iters: 0}\ngrid: {",
+            "{kind: autoround}",
+            8,
+            "calibration.iters: input should be greater than or equal to 1",
+        ),
         ("name: small", "name: small\nbaseline: x", "{kind: base}", 2, "baseline: no arm 'x'"),
         ("name: small", "name: small\nmargin: 0", "{kind: base}", 2, "margin: input should be gre"),
         ("  eval: scienceqa:test:text", "  eval: []", "{kind: base}", 7, "data.eval: tuple should"),

@@ -94,7 +94,11 @@ def _estimate(
         passes = 8 if arm.kind in TAUGHT else 6
         work += passes * weights * TOKENS_PER_SAMPLE * training.steps * training.batch_size
     elif not made and arm.kind != "base":
-        work += 12.0 * weights * TOKENS_PER_SAMPLE * recipe.calibration.samples
+        calibration = recipe.calibration
+        work += 12.0 * weights * TOKENS_PER_SAMPLE * calibration.samples
+        if arm.kind == "autoround":
+            shown = min(calibration.batch_size, calibration.samples) * calibration.iters
+            work += 6.0 * weights * TOKENS_PER_SAMPLE * shown
     if not made and arm.kind != "base":
         grid = recipe.grid_of(arm)
         disk = stored(config, grid.bits if arm.kind in QUANTIZED else 16, grid.group_size)

@@ -48,9 +48,10 @@ def compare_layers(
     }
     if above:
         report["reason"] = (
-            "the method minimises the error of one linear (GPTQ) or one norm's linears (AWQ) on "
-            "inputs that come from layers already quantized; here each layer gets the 16-bit "
-            "model's input and its whole output counts, so RTN can be level or ahead"
+            "the method minimises the error of one linear (GPTQ), one norm's linears (AWQ) or one "
+            "layer (AutoRound) on inputs that come from layers already quantized; here each layer "
+            "gets the 16-bit model's input and its whole output counts, so RTN can be level or "
+            "ahead"
         )
     return report
 

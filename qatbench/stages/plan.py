@@ -172,6 +172,7 @@ class Plan:
             calibration=selector.parse(text) if text else None,
             samples=self.recipe.calibration.samples,
             batch_size=self.recipe.calibration.batch_size,
+            iters=self.recipe.calibration.iters,
             protocol=self.recipe.evaluation.protocol,
             seed=self.recipe.seed,
             device=self.device,

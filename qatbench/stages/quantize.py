@@ -1,4 +1,4 @@
-"""quantize: a 16-bit model -> a packed checkpoint, by RTN, GPTQ or AWQ, without training."""
+"""quantize: a 16-bit model -> a packed checkpoint, by any PTQ method, without training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qatbench import store
 from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
-from qatbench.quant import awq
+from qatbench.quant import autoround, awq, layer_tuning
 from qatbench.quant.backends import solve
 from qatbench.quant.grid import Grid
 from qatbench.quant.result import Layout, Quantized, layout_of
@@ -32,7 +32,7 @@ from qatbench.vlm import load as models
 from qatbench.vlm.batch import Encoder
 from qatbench.vlm.load import Loaded, ModelFolder
 
-Method = Literal["rtn", "gptq", "awq"]
+Method = Literal["rtn", "gptq", "awq", "autoround"]
 # Samples put together; AWQ judges the scales before attention on the last batch alone.
 CALIBRATION_BATCH = 8
 
@@ -50,8 +50,9 @@ class QuantizeSettings:
     seed: int = 0
     device: str | None = None
     dtype: str | None = None  # of weights and activations while calibrating; default float32
-    batch_size: int = CALIBRATION_BATCH  # calibration samples at once; with images 1
+    batch_size: int = CALIBRATION_BATCH  # samples at once, with images 1; of a step in AutoRound
     layout: Layout = "auto"  # of the checkpoint's tensors
+    iters: int = autoround.ITERATIONS  # steps a decoder layer, of AutoRound alone
 
     def spec(self, model: str, questions: Sequence[Question]) -> dict[str, Any]:
         """What decides the checkpoint; `model` is its fingerprint."""
@@ -71,6 +72,8 @@ class QuantizeSettings:
                 "batch_size": self.batch_size,
                 "dtype": self.dtype or "float32",
             }
+        if self.method == "autoround":
+            spec["iters"] = self.iters
         return spec
 
 
@@ -94,7 +97,9 @@ def quantize(
     questions = [] if settings.method == "rtn" else calibration_questions(settings, paths)
     _check_images(model, questions)
     device = models.pick_device(settings.device)
-    models.pick_dtype(settings.dtype or "float32", device)
+    dtype = models.pick_dtype(settings.dtype or "float32", device)
+    if settings.method == "autoround":
+        layer_tuning.check(dtype)
     folder = store.RunFolder(out, "quantize", settings.spec(model.fingerprint(), questions))
     if folder.begin(resume=resume) is store.State.DONE:
         return store.read_json(out / store.PROVENANCE)
@@ -103,9 +108,10 @@ def quantize(
     loaded = models.load(model, device=device, dtype=torch.float32)
     names = list(layout.linear_shapes(model.config))
     batches = calibration_batches(loaded, questions, settings.protocol)
-    grouped = together(batches, settings.batch_size, loaded.tokenizer.pad_token_id or 0)
+    pad, tuned = loaded.tokenizer.pad_token_id or 0, settings.method == "autoround"
+    grouped = batches if tuned else together(batches, settings.batch_size, pad)
     solving = time.monotonic()
-    quantized = _solve(settings, model, loaded, names, grid, grouped, device, progress)
+    quantized = _solve(settings, model, loaded, names, grid, grouped, dtype, progress)
     solved = time.monotonic() - solving
     figures: dict[str, Any] = {
         "method": settings.method,
@@ -140,7 +146,7 @@ def _solve(
     names: Sequence[str],
     grid: Grid,
     batches: Sequence[dict[str, Tensor]],
-    device: str,
+    dtype: torch.dtype,
     progress: Progress,
 ) -> Quantized:
     what = f"Quantizing with {settings.method.upper()}"
@@ -151,7 +157,13 @@ def _solve(
     chosen = layout_of(settings.layout, settings.method, settings.bits)
     if settings.method == "rtn":
         return replace(round_to_nearest(loaded.model, names, grid, step), layout=chosen)
-    dtype = models.pick_dtype(settings.dtype or "float32", device)
+    device = str(loaded.device)
+    if settings.method == "autoround":
+        tuned = autoround.solve(
+            loaded.model, names, grid, batches, iterations=settings.iters,
+            samples_a_step=settings.batch_size, device=device, dtype=dtype, progress=step,
+        )  # fmt: skip
+        return replace(tuned, layout=chosen)
     return solve(
         settings.method, model.path, names, grid, batches,
         device=device, layout=chosen, dtype=dtype, progress=step,

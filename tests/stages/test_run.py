@@ -121,6 +121,18 @@ def test_an_arm_may_start_from_integers_and_teach_itself(recipe: Path, tmp_path:
     assert told[0].startswith("Leakage check of 40 evaluation questions against 40 training")
 
 
+def test_autoround_tunes_what_another_arm_trained(recipe: Path, tmp_path: Path) -> None:
+    text = recipe.read_text().partition("tuning:")[0] + "  auto: {kind: autoround, of: sft}\n"
+    few = "calibration: {samples: 6, batch_size: 3, iters: 2}\narms:"
+    (tmp_path / "recipe.yaml").write_text(text.replace("arms:", few))
+    assert do(tmp_path / "recipe.yaml", tmp_path, "auto") is None
+    made = json.loads((tmp_path / "tiny" / "auto" / "seed-0" / "checkpoint.json").read_text())
+    sft = tmp_path / "tiny" / "checkpoints" / "sft" / "seed-0" / "provenance.json"
+    assert made["spec"]["model"] == json.loads(sft.read_text())["fingerprint"]
+    assert [made["spec"][key] for key in ("samples", "batch_size", "iters")] == [6, 3, 2]
+    assert made["figures"]["method"] == "autoround"
+
+
 def test_one_arm_brings_what_it_needs_and_no_comparison(recipe: Path, tmp_path: Path) -> None:
     assert do(recipe, tmp_path, "sft-rtn") is None
     assert (tmp_path / "tiny" / "sft-rtn" / "seed-0" / "metrics.json").exists()
