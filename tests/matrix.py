@@ -70,7 +70,7 @@ def make(cell: Cell, source: ModelFolder, data: dict[str, str], out: Path) -> di
         asked = TrainRequest(settings, source, teacher, rows, "cpu")
         return train(asked, out, resume=False, progress=silent)
     family = "llava" if source.arch.is_vlm else "text"  # which questions calibrate
-    chosen = replace(tiny.settings(family, cell.method, cell.bits), layout=cell.asked)
+    chosen = replace(tiny.settings(family, cell.method, cell.bits), layout=cell.asked, iters=10)
     return quantize(source, chosen, data, out, resume=False, progress=silent)
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from qatbench.errors import NumericsError, PrerequisiteError, UsageError
 from qatbench.quant.backends import quiet
-from qatbench.quant.kernels import working
 from qatbench.quant.grid import SMALLEST_SCALE, Grid
+from qatbench.quant.kernels import working
 from qatbench.quant.layer_inputs import LayerInputs
 
 VERSION = "0.16"

@@ -298,15 +298,10 @@ def test_a_spoilt_checkpoint_is_not_published(
     what: str, models: dict[str, ModelFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     form, spoil, change = SPOILT[what]
-    original, out = stage.round_to_nearest, tmp_path / "out"
-    monkeypatch.setattr(
-        stage,
-        "round_to_nearest",
-        lambda *args: dataclasses.replace(original(*args), layout=form),
-    )
+    out = tmp_path / "out"
 
     def make(folder: Path, *, resume: bool) -> dict[str, Any]:
-        chosen = settings("llava", "rtn")
+        chosen = dataclasses.replace(settings("llava", "rtn"), layout=form)
         return stage.quantize(models["llava"], chosen, {}, folder, resume=resume, progress=silent)
 
     with monkeypatch.context() as broken:

@@ -45,7 +45,6 @@ from verify_cases import (
 
 from qatbench import cli
 from qatbench.errors import ArtifactError, PrerequisiteError, QatbenchError, UsageError
-from qatbench.quant import rtn
 from qatbench.stages import quantize as stage
 from qatbench.stages.common import silent
 from qatbench.stages.export import RELOAD_BOUND, probe
@@ -77,7 +76,6 @@ def _short_collections() -> Iterator[None]:
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
     """A sound checkpoint, made once: `sound("qwen2_vl-awq")`; `-tied`: GPTQ with a tied head."""
     root = tmp_path_factory.mktemp("sound")
-    original = rtn.round_to_nearest
 
     def make(name: str, bits: int = 4, group: int = tiny.GROUP) -> Path:
         family, _, form = name.partition("-")
@@ -88,13 +86,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
         source = root / f"source-{family}-{form == 'tied'}"
         if not source.exists():
             tiny.SAVE[family](source, **how)
-        form = "awq" if form == "awq" else "gptq"
-        with pytest.MonkeyPatch.context() as changed:
-            changed.setattr(
-                stage, "round_to_nearest", lambda *args: replace(original(*args), layout=form)
-            )
-            chosen = replace(tiny.settings("text", "rtn", bits), group_size=group)
-            stage.quantize(find(str(source)), chosen, {}, out, resume=False, progress=silent)
+        layout = "awq" if form == "awq" else "gptq"
+        chosen = replace(tiny.settings("text", "rtn", bits), group_size=group, layout=layout)
+        stage.quantize(find(str(source)), chosen, {}, out, resume=False, progress=silent)
         return out
 
     return make
