@@ -68,7 +68,7 @@ def solve(
     assert isinstance(layers, nn.ModuleList)
     found: dict[str, QuantizedLinear] = {}
     with contextlib.ExitStack() as around:
-        for one in (quiet(), _own_randomness(), _quick_collections(), _our_errors()):
+        for one in (quiet(), _own_randomness(device), _quick_collections(), _our_errors()):
             around.enter_context(one)
         settings = (grid, iterations, samples_a_step, len(batches), device, dtype)
         tuner = around.enter_context(contextlib.closing(Tuner(*settings)))
@@ -122,11 +122,12 @@ def take(weight: Tensor, scale: Tensor, grid: Grid, name: str) -> QuantizedLinea
 
 
 @contextlib.contextmanager
-def _own_randomness() -> Iterator[None]:
+def _own_randomness(device: str) -> Iterator[None]:
     """The library seeds the generators of the whole process; afterwards they are as they were."""
     state = random.getstate()
+    used = [torch.device(device)] if device.startswith("cuda") else []
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(used):
             yield
     finally:
         random.setstate(state)
