@@ -6,8 +6,11 @@ ptq    4 of the 32 layers of LLaVA-1.5-7B, random weights: seconds and peak GPU 
 whole  LLaVA-1.5-7B and Qwen2-VL-2B, random weights: RTN, export with its reload proof, reload with
        plain transformers on the GPU, an answer about an image; memory of weights, INT4 and bf16.
 
+AutoRound against its library: benchmarks/autoround_time.py. `--backend` is the library's kernel for
+the INT4 checkpoint on a GPU: left to itself it may want to download or compile another for minutes.
+
     python benchmarks/real_shapes.py [ptq] [whole] [--method M ...] [--samples 128] [--tiny]
-        [--json FILE]
+        [--backend gptq_triton] [--json FILE]
 """
 
 from __future__ import annotations
@@ -155,7 +158,24 @@ def ptq(methods: list[str], samples: int, small: bool, device: str) -> list[dict
 # --- whole models ---------------------------------------------------------------------------------
 
 
-def whole(kind: str, small: bool, device: str) -> dict[str, Any]:
+def plainly(path: Path, device: str, dtype: torch.dtype, backend: str) -> Any:
+    """A folder as plain transformers loads it, packed linears with the named kernel."""
+    import transformers
+
+    folder = models.find(str(path))
+    how: dict[str, Any] = {}
+    if folder.quantization and device == "cuda":
+        how["quantization_config"] = transformers.GPTQConfig(bits=4, backend=backend)
+    backends.prepare_import()
+    with backends.quiet():
+        model, info = getattr(transformers, folder.arch.auto_class).from_pretrained(
+            path, dtype=dtype, device_map=device, output_loading_info=True, **how
+        )
+    models.check_loading_info(path, info)
+    return models.Loaded(folder, model.eval(), *models.load_tokenizer(folder), "library")
+
+
+def whole(kind: str, small: bool, device: str, backend: str) -> dict[str, Any]:
     """RTN, export, proof, reload on the device, an answer about an image."""
     found: dict[str, Any] = {"model": kind}
     with tempfile.TemporaryDirectory() as scratch:
@@ -173,7 +193,7 @@ def whole(kind: str, small: bool, device: str) -> dict[str, Any]:
         for name, path in (("bf16", folder.path), ("int4", root / "out")):
             before = torch.cuda.memory_allocated() if device == "cuda" else 0
             with measured(found.setdefault(name, {})):
-                loaded = models.load(models.find(str(path)), device=device, dtype=dtype)
+                loaded = plainly(path, device, dtype, backend)
             after = torch.cuda.memory_allocated() if device == "cuda" else 0
             found[name] |= {"weights_gb": (after - before) / 1e9,
                             "kernel": models.kernel_name(loaded)}  # fmt: skip
@@ -194,6 +214,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", help="ptq, whole; default both")
     parser.add_argument("--method", nargs="+", default=["gptq", "awq", "autoround"])
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--backend", default="gptq_triton", help="kernel of the INT4 checkpoint")
     parser.add_argument("--tiny", action="store_true", help="a smoke test of small sizes, any CPU")
     parser.add_argument("--json", type=Path, help="file for the figures")
     given = parser.parse_args()
@@ -209,7 +230,8 @@ def main() -> None:
     if "ptq" in wanted:
         found["ptq"] = ptq(given.method, given.samples, given.tiny, device)
     if "whole" in wanted:
-        found["whole"] = [whole(kind, given.tiny, device) for kind in ("llava", "qwen2_vl")]
+        kinds = ("llava", "qwen2_vl")
+        found["whole"] = [whole(kind, given.tiny, device, given.backend) for kind in kinds]
     text = json.dumps(found, indent=2)
     print(text)
     if given.json:
