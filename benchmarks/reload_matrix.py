@@ -2,7 +2,7 @@
 
 A cell is the largest difference of a logit, over the logits' standard deviation, between the
 checkpoint as plain transformers load it (CPU, fp32) and the weights it was made from: on a text
-prompt, and on an image prompt where the family sees. The bound is export.RELOAD_BOUND.
+prompt, and on an image prompt where the family sees. The bound is proof.RELOAD_BOUND.
 
     python benchmarks/reload_matrix.py [--family F ...] [--out docs/reload.md]
 """
@@ -26,7 +26,7 @@ import tiny  # noqa: E402
 from matrix import Cell  # noqa: E402
 
 from qatbench.errors import QatbenchError  # noqa: E402
-from qatbench.stages.export import RELOAD_BOUND  # noqa: E402
+from qatbench.stages.proof import RELOAD_BOUND  # noqa: E402
 from qatbench.vlm.load import find  # noqa: E402
 
 NAMES = {

@@ -8,37 +8,22 @@ weights. Only then are its files moved to where they belong, config.json last.
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qatbench import __version__, store
-from qatbench.errors import NumericsError
 from qatbench.quant.result import Quantized
 from qatbench.stages import card
-from qatbench.vlm import load as models
-from qatbench.vlm.batch import Encoded, Encoder
+from qatbench.stages.proof import prove
 from qatbench.vlm.load import Loaded, ModelFolder
 
 SHARD_BYTES = 4 << 30
-# Reloaded logits may differ from the intended ones by the kernels' rounding alone: they hold scale
-# times code in fp16, 2^-11 a weight. As a share of the logits' standard deviation the largest
-# difference on the tests' random models is 0 at 2 bits, 0.005 at 3 and 0.007 at 4; a wrong zero
-# point, scale, nibble order, norm or vision weight in one layer moves it by 1.5 and more
-# (tests/stages/test_export.py asserts below 0.01 and above 0.5).
-RELOAD_BOUND = 0.05
-# One scale a row has the library pick another CPU kernel, which multiplies in bf16 (2^-9): on the
-# same models up to 0.1. Defects are still 15 times that.
-COARSE_KERNELS, COARSE_BOUND = ("TorchFusedLinear", "TorchFusedAwqLinear"), 0.3
-PROOF_TEXT = "Question: Which of these is a renewable resource, and why does it matter?\nAnswer:"
 _KEEP = ("*.json", "*.jinja", "*.model", "*.txt")
 _DROP = ("config.json", "model.safetensors.index.json", "provenance.json", "quantize_config.json")
 
@@ -68,7 +53,9 @@ def write_packed(
         store.write_json(scratch / "config.json", _config(source, quantized, dtype))
         dense = {f"{name}.weight": linear.dense() for name, linear in quantized.linears.items()}
         install(loaded.model, dense)
-        figures = {"bits_per_weight": bits_per_weight(quantized), "reload": prove(scratch, loaded)}
+        # auto-round changes transformers in this process as soon as it is imported.
+        proof = prove(scratch, loaded, fresh=quantized.method == "autoround")
+        figures = {"bits_per_weight": bits_per_weight(quantized), "reload": proof}
         card.write(scratch, source, dict(told or {}) | figures)
         _publish(scratch, out)
     return figures
@@ -232,56 +219,3 @@ def _config(source: ModelFolder, quantized: Quantized, dtype: torch.dtype) -> di
 def _publish(scratch: Path, out: Path) -> None:
     for file in sorted(scratch.iterdir(), key=lambda f: f.name == "config.json"):
         file.replace(out / file.name)
-
-
-# --- the proof ----------------------------------------------------------------------------------
-
-
-def prove(folder: Path, intended: Loaded) -> dict[str, Any]:
-    """Reload with plain transformers (CPU, fp32) and compare logits with the intended model.
-
-    Returns: for `text` and, for a VLM, `image`: the largest difference of a logit over the
-        standard deviation of the logits; the bound; the linear's class that multiplied.
-    Raises: NumericsError when a difference is above the bound or not a number.
-    """
-    wanted = probe(intended)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    again = models.load(
-        ModelFolder(str(folder), folder, config, {}), device="cpu", dtype=torch.float32
-    )
-    got = probe(again)
-    kernel = models.kernel_name(again)
-    bound = COARSE_BOUND if kernel in COARSE_KERNELS else RELOAD_BOUND
-    record: dict[str, Any] = {"bound": bound, "kernel": kernel}
-    for kind, logits in wanted.items():
-        error = ((got[kind] - logits).abs().max() / logits.std()).item()
-        record[kind] = float(f"{error:.3g}")
-        if not error <= bound:
-            raise NumericsError(
-                f"reloaded logits ({kind}) differ by {error:.3g} of their spread, bound {bound}",
-                hint="the checkpoint was not published; please report this",
-            )
-    return record
-
-
-@torch.inference_mode()
-def probe(loaded: Loaded) -> dict[str, Tensor]:
-    """Logits of one text and, for a VLM, one image prompt: (1, tokens, vocabulary) fp32 each.
-
-    A dense model is moved to the CPU in fp32.
-    """
-    model = loaded.model.to("cpu", torch.float32) if loaded.kernel == "dense" else loaded.model
-    model.eval()
-    encoder = Encoder(loaded)
-    prompts: dict[str, Encoded] = {"text": encoder.prompt(PROOF_TEXT, None)}
-    if loaded.processor is not None:
-        prompts["image"] = encoder.prompt(PROOF_TEXT, _proof_image())
-    return {kind: model(**prompt.inputs()).logits.float() for kind, prompt in prompts.items()}
-
-
-def _proof_image() -> bytes:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (96, 96, 3), generator=generator, dtype=torch.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(stream, "PNG")
-    return stream.getvalue()

@@ -7,6 +7,7 @@ import tiny
 import torch._dynamo
 from tiny import Made, Make, settings
 
+from qatbench.stages import proof
 from qatbench.stages.common import silent
 from qatbench.stages.quantize import quantize
 from qatbench.vlm.load import ModelFolder, find
@@ -16,6 +17,12 @@ from qatbench.vlm.load import ModelFolder, find
 def _eager() -> None:
     # The library compiles its 3- and 2-bit unpacking for half a minute; eager computes the same.
     torch._dynamo.config.disable = True
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a proof starts a process of its own, which takes ten seconds, tests do without."""
+    monkeypatch.setattr(proof, "elsewhere", proof.answers)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from qatbench.quant import rtn
 from qatbench.quant.grid import Grid
 from qatbench.quant.packing import AWQ_ORDER
 from qatbench.quant.result import Quantized, QuantizedLinear
-from qatbench.stages import export
+from qatbench.stages import export, proof
 from qatbench.stages import quantize as stage
 from qatbench.stages.common import silent
+from qatbench.stages.proof import elsewhere
 from qatbench.vlm import layout
 from qatbench.vlm.batch import Encoder
 from qatbench.vlm.load import Loaded, ModelFolder, find, load
@@ -311,7 +313,7 @@ def test_a_spoilt_checkpoint_is_not_published(
     if isinstance(caught.value, NumericsError):
         # The smallest of these moves a logit by ten bounds: RELOAD_BOUND's comment states this.
         worst = float(caught.value.message.split("differ by ")[1].split()[0])
-        assert worst > 10 * export.RELOAD_BOUND
+        assert worst > 10 * proof.RELOAD_BOUND
     assert caught.value.exit_code in (4, 5)
     assert {file.name for file in out.iterdir()} == {"unfinished.json"}
     with pytest.raises(PrerequisiteError):
@@ -329,3 +331,38 @@ def test_logits_that_are_not_numbers_fail_the_proof(
         export.write_packed(models["text"], model, quantized(model), tmp_path)
     assert isinstance(caught.value, NumericsError)
     assert not list(tmp_path.iterdir())
+
+
+# --- a process of its own -------------------------------------------------------------------------
+
+
+def test_a_new_process_gives_the_same_answers(make: Make, tmp_path: Path) -> None:
+    path = make("llava", "rtn", 4).path
+    here, kernel = proof.answers(path)
+    there, same = elsewhere(path)
+    assert (kernel, set(here)) == (same, {"text", "image"})
+    for kind, logits in here.items():
+        torch.testing.assert_close(there[kind], logits, rtol=1e-5, atol=1e-5)
+    broken = tmp_path / "broken"
+    shutil.copytree(path, broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ArtifactError, match="does not reload in a new process"):
+        elsewhere(broken)
+
+
+def test_autoround_is_proven_there_and_others_here(
+    models: dict[str, ModelFolder], data: dict[str, str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    asked: list[str] = []
+
+    def watched(folder: Path) -> Any:
+        asked.append(folder.parent.name)
+        return proof.answers(folder)
+
+    monkeypatch.setattr(proof, "elsewhere", watched)
+    for method in ("autoround", "gptq"):
+        chosen = dataclasses.replace(settings("text", method), iters=2)
+        out = tmp_path / method
+        stage.quantize(models["text"], chosen, data, out, resume=False, progress=silent)
+    assert asked == ["autoround"]

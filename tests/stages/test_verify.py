@@ -47,7 +47,7 @@ from qatbench import cli
 from qatbench.errors import ArtifactError, PrerequisiteError, QatbenchError, UsageError
 from qatbench.stages import quantize as stage
 from qatbench.stages.common import silent
-from qatbench.stages.export import RELOAD_BOUND, probe
+from qatbench.stages.proof import RELOAD_BOUND, probe
 from qatbench.stages.verify import loaders, verify
 from qatbench.stages.verify.finding import few, found
 from qatbench.stages.verify.reload import reload

@@ -15,7 +15,7 @@ from torch import Tensor
 from qatbench.quant.grid import Grid, quantize, search_scales
 from qatbench.quant.packing import dequantize_awq, dequantize_gptq, pack_fields
 from qatbench.quant.result import QuantizedLinear
-from qatbench.stages.export import RELOAD_BOUND
+from qatbench.stages.proof import RELOAD_BOUND
 
 WEIGHTS = "model.safetensors"
 Config = dict[str, Any]

@@ -8,7 +8,7 @@ import torch
 
 from qatbench.errors import PrerequisiteError
 from qatbench.quant.backends import quiet
-from qatbench.stages.export import probe
+from qatbench.stages.proof import probe
 from qatbench.stages.verify.finding import Finding, found
 from qatbench.stages.verify.subject import Subject
 from qatbench.vlm import load as models
