@@ -50,7 +50,7 @@ from qatbench.quant.grid import Grid
 from qatbench.stages import optimizers
 from qatbench.stages.distributed import ALONE
 from qatbench.stages.objective import Distillation, StepLoss, _teach, accumulate
-from qatbench.stages.student import compile_decoder
+from qatbench.stages.student import checkpoint_decoder, compile_decoder
 from qatbench.stages.train_settings import TrainSettings
 from qatbench.vlm import layout
 from qatbench.vlm.batch import backbone
@@ -226,12 +226,7 @@ class Step:
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(not arch.frozen(name))
         student.train()
-        student.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
-        layers = list(student.get_submodule(arch.layers).children())
-        for block in layers[max(0, len(layers) - kept) :]:
-            block.gradient_checkpointing = False
+        checkpoint_decoder(student, arch, kept)
         for model in filter(None, (student, teacher) if blocks else ()):
             compile_decoder(model, arch)
         self.student, self.teacher = student, teacher

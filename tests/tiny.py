@@ -8,6 +8,8 @@ Every size is a multiple of 32, as 3-bit packing needs.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from PIL import Image
 
 from qatbench.stages.quantize import QuantizeSettings
 from qatbench.tasks import selector
+from qatbench.vlm.load import ModelFolder
 
 HIDDEN, INNER, LAYERS, GROUP = 64, 128, 2, 32
 HEAD, HEADS, KV_HEADS = 32, 4, 2
@@ -372,9 +375,19 @@ class Made(NamedTuple):
 
 
 Make = Callable[[str, str, int], Made]
+Source = Callable[..., ModelFolder]
 
 
 def settings(family: str, method: Any, bits: int = 4) -> QuantizeSettings:
     """Calibration on six training questions, with images for the LLaVA."""
     part = "scienceqa:train:text" if family == "text" else "scienceqa:train"
     return QuantizeSettings(method, bits, GROUP, selector.parse(part), SAMPLES, device="cpu")
+
+
+def one_json_object(*arguments: str) -> tuple[dict[str, Any], str]:
+    """What a command prints, run in a process of its own: one JSON object; and its stderr."""
+    command = [sys.executable, "-m", "qatbench", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    return json.loads(done.stdout), done.stderr

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qatbench.errors import NumericsError, PrerequisiteError, QatbenchError
-from qatbench.quant.backends import quiet
+from qatbench.quant.backends import enough_memory, quiet
 from qatbench.quant.grid import Grid, round_scales
 from qatbench.quant.layer_inputs import capture
 from qatbench.quant.layer_tuning import Tuner
@@ -146,12 +146,9 @@ def _quick_collections() -> Iterator[None]:
 @contextlib.contextmanager
 def _our_errors() -> Iterator[None]:
     try:
-        yield
+        with enough_memory("tuning"):
+            yield
     except QatbenchError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise PrerequisiteError(
-            "out of memory while tuning", hint="lower --samples, or use a larger device"
-        ) from error
     except Exception as error:
         raise NumericsError(f"auto-round failed: {type(error).__name__}: {error}") from error

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatbench.errors import NumericsError, PrerequisiteError
+from qatbench.errors import NumericsError, PrerequisiteError, QatbenchError
 from qatbench.quant import awq
 from qatbench.quant.grid import Grid
 from qatbench.quant.result import Quantized, QuantizedLinear, layout_of
@@ -152,6 +152,17 @@ def forget_failed_imports() -> None:
 
 
 @contextlib.contextmanager
+def enough_memory(doing: str) -> Iterator[None]:
+    """Raise PrerequisiteError where memory runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise PrerequisiteError(
+            f"out of memory while {doing}", hint="lower --samples, or use a larger device"
+        ) from error
+
+
+@contextlib.contextmanager
 def _failing_softly() -> Iterator[None]:
     """Turn what fails on a worker thread of the library into an error of ours.
 
@@ -165,11 +176,10 @@ def _failing_softly() -> Iterator[None]:
     failures: list[BaseException] = []
     worker._abort_process = lambda self, error: failures.append(error)
     try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise PrerequisiteError(
-            "out of memory while calibrating", hint="lower --samples, or use a larger device"
-        ) from error
+        with enough_memory("calibrating"):
+            yield
+    except QatbenchError:  # ours already, from wherever the library called us
+        raise
     except Exception as error:
         if not failures:
             raise

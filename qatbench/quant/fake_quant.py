@@ -7,9 +7,9 @@ the compiler can make one pass over the weights of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +41,29 @@ class Kernels:
         """Compute `fake_quant` with these."""
         result: Tensor = _FakeQuant.apply(weight, log_scale, grid, gradient_factor, dtype, self)
         return result
+
+    def values(self, weight: Tensor, log_scale: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+        """Codes times scales (out, in), without a gradient."""
+        scales = grids.stored_scales(log_scale, grid)
+        return self.forward(weight.detach(), scales, grid.qmin, grid.qmax, dtype)
+
+    def gradients(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        log_scale: Tensor,
+        grid: Grid,
+        gradient_factor: float,
+        wanted: Sequence[bool] = (True, True),
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the weight and of log_scale; None for what is not `wanted`."""
+        scales = grids.stored_scales(log_scale, grid)
+        by_weight, by_scale = self.backward(
+            grad, weight.detach(), scales, grid.qmin, grid.qmax, *wanted
+        )
+        if by_scale is not None:
+            by_scale = (by_scale * scales * gradient_factor).to(log_scale.dtype)
+        return by_weight, by_scale
 
 
 Arithmetic = Callable[[Tensor, Tensor, Grid, float, torch.dtype], Tensor]
@@ -111,22 +134,15 @@ class _FakeQuant(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, log_scale)
         ctx.grid, ctx.gradient_factor, ctx.kernels = grid, gradient_factor, kernels
-        scales = grids.stored_scales(log_scale, grid)
-        return kernels.forward(weight.detach(), scales, grid.qmin, grid.qmax, dtype)
+        return kernels.values(weight, log_scale, grid, dtype)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, log_scale = ctx.saved_tensors
-        grid: Grid = ctx.grid
-        scales = grids.stored_scales(log_scale, grid)
-        wanted = ctx.needs_input_grad
-        grad_weight, per_scale = ctx.kernels.backward(
-            grad, weight.detach(), scales, grid.qmin, grid.qmax, wanted[0], wanted[1]
+        found = ctx.kernels.gradients(
+            grad, *ctx.saved_tensors, ctx.grid, ctx.gradient_factor, ctx.needs_input_grad[:2]
         )
-        if per_scale is not None:
-            per_scale = (per_scale * scales * ctx.gradient_factor).to(log_scale.dtype)
-        return grad_weight, per_scale, None, None, None, None
+        return *found, None, None, None, None
 
 
 def _quantize(weight: Tensor, scales: Tensor, low: int, high: int, dtype: torch.dtype) -> Tensor:
@@ -203,9 +219,7 @@ def _operator(
     gradient_factor: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    grid = Grid(bits, group_size)
-    scales = grids.stored_scales(log_scale, grid)
-    return EAGER.forward(weight, scales, grid.qmin, grid.qmax, dtype)
+    return EAGER.values(weight, log_scale, Grid(bits, group_size), dtype)
 
 
 @_operator.register_fake
@@ -229,12 +243,8 @@ def _gradients(
     group_size: int,
     gradient_factor: float,
 ) -> tuple[Tensor, Tensor]:
-    grid = Grid(bits, group_size)
-    scales = grids.stored_scales(log_scale, grid)
-    by_weight, by_scale = EAGER.backward(grad, weight, scales, grid.qmin, grid.qmax, True, True)
-    assert by_weight is not None  # both were asked for
-    assert by_scale is not None
-    return by_weight, by_scale * scales * gradient_factor
+    found = EAGER.gradients(grad, weight, log_scale, Grid(bits, group_size), gradient_factor)
+    return cast("tuple[Tensor, Tensor]", found)  # both are wanted
 
 
 @_gradients.register_fake
@@ -249,14 +259,18 @@ def _(
     return torch.empty_like(weight), torch.empty_like(log_scale)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, log_scale, *ctx.rest, _ = inputs
-    ctx.save_for_backward(weight, log_scale)
+def differentiable(operator: Any, gradients: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Give an operator like these two, or Triton's, its backward pass."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, log_scale, *ctx.rest, _ = inputs
+        ctx.save_for_backward(weight, log_scale)
+
+    def back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        by_weight, by_scale = gradients(grad, *ctx.saved_tensors, *ctx.rest)
+        return by_weight, by_scale, None, None, None, None
+
+    operator.register_autograd(back, setup_context=keep)
 
 
-def _back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    by_weight, by_scale = _gradients(grad, *ctx.saved_tensors, *ctx.rest)
-    return by_weight, by_scale, None, None, None, None
-
-
-_operator.register_autograd(_back, setup_context=_keep)
+differentiable(_operator, _gradients)

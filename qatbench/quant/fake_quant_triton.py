@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.library import triton_op, wrap_triton
 
 from qatbench.quant import grid as grids
+from qatbench.quant.fake_quant import differentiable
 from qatbench.quant.grid import Grid
 
 TILE = 4096
@@ -156,14 +157,7 @@ def _operator_gradients(
     return _gradients(grad, weight, log_scale, Grid(bits, group_size), gradient_factor, kernel)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, log_scale, *ctx.rest, _ = inputs
-    ctx.save_for_backward(weight, log_scale)
-
-
-def _back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    by_weight, by_scale = _operator_gradients(grad, *ctx.saved_tensors, *ctx.rest)
-    return by_weight, by_scale, None, None, None, None
+differentiable(operator, _operator_gradients)
 
 
 # --- the kernels ----------------------------------------------------------------------------------
@@ -214,6 +208,3 @@ def _straight_through(  # type: ignore[no-untyped-def]
     codes = (held + 12582912.0) - 12582912.0
     summed = tl.sum(upstream * (codes - place * inside), axis=1)
     tl.store(by_scale + rows, summed * step * factor, mask=rows < groups)
-
-
-operator.register_autograd(_back, setup_context=_keep)

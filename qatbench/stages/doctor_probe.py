@@ -14,8 +14,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
+
+from qatbench.stages.common import own_process
 
 IMPORTED = ("torch", "torchvision", "transformers", "optimum", "torchao", "gptqmodel")
 TIMEOUT = 300.0  # seconds; a slow disk and cold caches included
@@ -35,17 +36,8 @@ def probe(timeout: float = TIMEOUT) -> dict[str, Any]:
         `error`), `kernels` of the library on the CPU ("gptq 4" -> class), `triton` (None or why
         not). What is not known is missing.
     """
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     try:
-        ended = subprocess.run(
-            [sys.executable, "-m", "qatbench.stages.doctor_probe"],
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        ended = own_process("qatbench.stages.doctor_probe", timeout=timeout)
         text, last = ended.stdout, f"the import ended Python ({_end(ended.returncode)})"
     except subprocess.TimeoutExpired as error:
         text = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else ""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qatbench.errors import ArtifactError, NumericsError
+from qatbench.stages.common import own_process
 from qatbench.vlm import load as models
 from qatbench.vlm.batch import Encoded, Encoder
 from qatbench.vlm.load import Loaded, ModelFolder
@@ -70,14 +69,9 @@ def elsewhere(folder: Path) -> tuple[dict[str, Tensor], str]:
 
     Raises: ArtifactError when it fails, with its last line.
     """
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "logits.safetensors"
-        ended = subprocess.run(
-            [sys.executable, "-m", "qatbench.stages.proof", str(folder.resolve()), str(file)],
-            env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        ended = own_process("qatbench.stages.proof", str(folder.resolve()), str(file))
         if ended.returncode:
             last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
             raise ArtifactError(f"{folder} does not reload in a new process: {last}")

@@ -76,14 +76,21 @@ def prepare(
         parameter.requires_grad_(not (arch.frozen(name) or layout.under(name, still)))
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        blocks = list(model.get_submodule(arch.layers).children())
-        for block in blocks[len(blocks) - min(kept_blocks, len(blocks)) :]:
-            block.gradient_checkpointing = False
+        checkpoint_decoder(model, arch, kept_blocks)
     if compile_blocks:
         compile_decoder(model, arch)
         made.notes.append("decoder blocks compiled: their activations are rounded in fewer places")
     return made
+
+
+def checkpoint_decoder(model: nn.Module, arch: Architecture, kept: int) -> None:
+    """Recompute activations in the backward pass, but for those of the last `kept` blocks."""
+    model.gradient_checkpointing_enable(  # type: ignore[operator]
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    blocks = list(model.get_submodule(arch.layers).children())
+    for block in blocks[max(0, len(blocks) - kept) :]:
+        block.gradient_checkpointing = False  # type: ignore[assignment]
 
 
 def compile_decoder(model: nn.Module, arch: Architecture) -> None:

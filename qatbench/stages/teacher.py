@@ -5,13 +5,20 @@ from __future__ import annotations
 import torch
 
 from qatbench.errors import PrerequisiteError, UsageError
+from qatbench.stages.student import compile_decoder
 from qatbench.vlm import layout
 from qatbench.vlm import load as models
 from qatbench.vlm.load import Loaded, ModelFolder
 
 
 def load_teacher(
-    folder: ModelFolder, student: Loaded, device: str, dtype: torch.dtype, weights: str
+    folder: ModelFolder,
+    student: Loaded,
+    device: str,
+    dtype: torch.dtype,
+    weights: str,
+    *,
+    compile_blocks: bool = False,
 ) -> Loaded:
     """Load the teacher; `weights` is `auto` (those of `dtype`) or `int8`.
 
@@ -23,6 +30,8 @@ def load_teacher(
     teacher.model.requires_grad_(False)
     if weights == "int8":
         to_int8(teacher)
+    if compile_blocks:
+        compile_decoder(teacher.model, teacher.arch)
     return teacher
 
 

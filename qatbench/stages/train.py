@@ -27,7 +27,6 @@ from qatbench.quant import lsq
 from qatbench.quant.grid import Grid
 from qatbench.quant.result import Quantized, QuantizedLinear, layout_of
 from qatbench.stages import distributed, export, optimizers, train_state
-from qatbench.stages import student as students
 from qatbench.stages.common import Progress, silent
 from qatbench.stages.distributed import ALONE, World, gather
 from qatbench.stages.objective import Distillation, StepLoss, accumulate
@@ -154,10 +153,10 @@ class TrainingRun:
             )
         if weights == "int8" and self.world.sharded:
             raise UsageError("an int8 teacher cannot be sharded", hint="leave one of the two out")
-        teacher = load_teacher(request.teacher, self.student, device, self.dtype, weights)
-        if request.compile_blocks:
-            students.compile_decoder(teacher.model, teacher.arch)
-        return teacher
+        return load_teacher(
+            request.teacher, self.student, device, self.dtype, weights,
+            compile_blocks=request.compile_blocks,
+        )  # fmt: skip
 
     def fit(self, progress: Progress) -> None:
         """Run the remaining steps, saving the state now and then."""

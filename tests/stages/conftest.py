@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import tiny
 import torch._dynamo
-from tiny import Made, Make, settings
+from tiny import Made, Make, Source, settings
 
 from qatbench.stages import proof
 from qatbench.stages.common import silent
@@ -37,6 +39,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelFolder]:
     tiny.save_text_model(root / "text")
     tiny.save_llava(root / "llava")
     return {name: find(str(root / name)) for name in ("text", "llava")}
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """A tiny model of a family, made once: `source("qwen2_vl", tied=True)`."""
+    root = tmp_path_factory.mktemp("families")
+
+    def one(family: str, **how: Any) -> ModelFolder:
+        folder = root / "-".join([family, *(f"{key}-{value}" for key, value in how.items())])
+        return find(str(folder if folder.exists() else tiny.SAVE[family](folder, **how)))
+
+    return one
 
 
 @pytest.fixture(scope="session")

@@ -7,15 +7,14 @@ import importlib
 import json
 import logging
 import random
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from tiny import Source
 from torch import Tensor
 
 from qatbench.errors import NumericsError, PrerequisiteError, UsageError
@@ -30,19 +29,7 @@ from qatbench.vlm import layout
 from qatbench.vlm.load import Loaded, ModelFolder, find, load
 
 GRID = Grid(4, tiny.GROUP)
-Source = Callable[[str], ModelFolder]
 Batches = list[dict[str, Tensor]]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    root = tmp_path_factory.mktemp("families")
-
-    def one(family: str) -> ModelFolder:
-        folder = root / family
-        return find(str(folder if folder.exists() else tiny.SAVE[family](folder)))
-
-    return one
 
 
 def settings(family: str, iters: int, **other: Any) -> stage.QuantizeSettings:
@@ -250,21 +237,18 @@ def test_the_command_prints_one_json_object_and_nothing_else(
 ) -> None:
     """In a process of its own: the library logs when it is imported."""
     command = [
-        *(sys.executable, "-m", "qatbench", "quantize", str(source("llava").path)),
+        *("quantize", str(source("llava").path)),
         *("--method", "autoround", "--iters", "2", "--group-size", str(tiny.GROUP)),
         *("--calib", "scienceqa:train", "--samples", "3", "--data", data["scienceqa"]),
         *("--out", str(tmp_path / "out"), "--device", "cpu", "--json"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
-    told = json.loads(done.stdout)
+    told, noise = tiny.one_json_object(*command)
     assert told["method"] == "autoround"
     made = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert made["spec"]["iters"] == 2
     assert made["versions"]["auto-round"].startswith(layer_tuning.VERSION)
     for word in ("autoround.py", "INFO", "WARN", "Warning", "loss iter", "Traceback"):
-        assert word not in done.stderr
+        assert word not in noise
 
 
 # --- settings -------------------------------------------------------------------------------------

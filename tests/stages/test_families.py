@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import tiny
 import torch
 import transformers
 from safetensors.torch import load_file
+from tiny import Source
 
 from qatbench.stages import quantize as stage
 from qatbench.stages.common import silent
@@ -28,20 +28,6 @@ FAMILIES = list(tiny.SAVE)
 VLMS = ["llava", *tiny.QWEN_VLMS]
 NEW = [*tiny.QWEN_TEXT, *tiny.QWEN_VLMS]
 WIDER = 2 * tiny.HIDDEN
-
-Source = Callable[..., ModelFolder]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """A tiny model of a family, made once: `source("qwen2_vl", tied=True)`."""
-    root = tmp_path_factory.mktemp("families")
-
-    def one(family: str, **how: Any) -> ModelFolder:
-        folder = root / "-".join([family, *(f"{key}-{value}" for key, value in how.items())])
-        return find(str(folder if folder.exists() else tiny.SAVE[family](folder, **how)))
-
-    return one
 
 
 def plainly(path: Path) -> Any:

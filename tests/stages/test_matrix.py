@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,27 +10,14 @@ import matrix
 import pytest
 import tiny
 from matrix import Cell
+from tiny import Source
 
 from qatbench.errors import UsageError
 from qatbench.quant.result import layout_of
 from qatbench.stages.common import silent
 from qatbench.stages.quantize import quantize
 from qatbench.stages.verify import verify
-from qatbench.vlm.load import ModelFolder, find
-
-Source = Callable[[str], ModelFolder]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    root = tmp_path_factory.mktemp("matrix")
-
-    def one(family: str) -> ModelFolder:
-        folder = root / family
-        return find(str(folder if folder.exists() else tiny.SAVE[family](folder)))
-
-    return one
-
+from qatbench.vlm.load import find
 
 CELLS = [
     *(
