@@ -48,7 +48,7 @@ def solve(
     """Tune the decoder layers that hold the named linears; the model is left as it is.
 
     Args:
-        model: dense, on `device`, in any float dtype.
+        model: dense, in any float dtype, anywhere: parts of it visit `device`.
         names: every linear to quantize, all linears of all decoder layers.
         grid: bits and group size; symmetric.
         batches: model inputs, one unpadded calibration sample each.
@@ -72,7 +72,7 @@ def solve(
             around.enter_context(one)
         settings = (grid, iterations, samples_a_step, len(batches), device, dtype)
         tuner = around.enter_context(contextlib.closing(Tuner(*settings)))
-        inputs = capture(model, layers, batches, dtype)
+        inputs = capture(model, layers, batches, dtype, device)
         exact = rounded = inputs.first
         for index, layer in enumerate(layers):
             exact, rounded = inputs.entering(index, exact), inputs.entering(index, rounded)
@@ -107,8 +107,8 @@ def take(weight: Tensor, scale: Tensor, grid: Grid, name: str) -> QuantizedLinea
     groups = grid.groups(width, name)
     if scale.numel() != out * groups:
         raise NumericsError(f"{name}: scales {tuple(scale.shape)}, expected {(out, groups)}")
-    scales = scale.detach().cpu().float().reshape(out, groups)
-    place = weight.detach().cpu().float().reshape(out, groups, -1) / scales[..., None]
+    scales = scale.detach().float().reshape(out, groups)
+    place = weight.detach().float().reshape(out, groups, -1) / scales[..., None]
     codes = place.round()
     # Half a unit in the last place of `weight`, in steps: 0.25 at 8 bits in bfloat16, and below a
     # half the nearest code is the right one.
@@ -118,7 +118,7 @@ def take(weight: Tensor, scale: Tensor, grid: Grid, name: str) -> QuantizedLinea
     if not off <= slack or not inside:
         raise NumericsError(f"{name}: tuned weights are {off:.3f} of a step off the grid")
     stored = round_scales(scales.abs(), grid).copysign(scales)
-    return QuantizedLinear.from_codes(codes.to(torch.int8).flatten(1), stored, grid)
+    return QuantizedLinear.from_codes(codes.to(torch.int8).flatten(1), stored, grid).to("cpu")
 
 
 @contextlib.contextmanager

@@ -66,7 +66,8 @@ def solve(
     layers = names[0].partition(".0.")[0] + "."
 
     def take(name: str, q_scales: Tensor, q_zeros: Tensor, layers: Any, **_: Any) -> str:
-        found[name] = _linear(layers[name].weight.detach(), q_scales, q_zeros, grid, name)
+        weight = layers[name].weight.detach().to(device)  # the library packs on the CPU
+        found[name] = _linear(weight, q_scales.to(device), q_zeros.to(device), grid, name)
         progress(len(found), len(names))
         return "handed over"
 
@@ -98,7 +99,8 @@ def _linear(
     # GPTQ hands over (out, groups), AWQ too; both are checked here, as codes are derived from them
     if scales.shape != shape or zeros.shape != shape:
         raise NumericsError(f"{name}: scales {tuple(scales.shape)} instead of {shape}")
-    return QuantizedLinear.from_affine(weight, scales.float(), zeros.float(), grid, name)
+    linear = QuantizedLinear.from_affine(weight, scales.float(), zeros.float(), grid, name)
+    return linear.to("cpu")
 
 
 def _load(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,14 +39,51 @@ class LayerInputs:
         return {key: [_cast(row[key], self.dtype) for row in rows] for key in rows[0]}
 
 
+class _Relay(nn.Module):
+    """In a decoder layer's place: hands zeros on, so that what a model adds stands alone."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "layer", layer)  # no part of the model: it stays where it is
+
+    def __getattr__(self, name: str) -> Any:
+        """What a model asks a layer for, e.g. the kind of its attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.layer, name)
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        """Nothing of its own."""
+        return torch.zeros_like(hidden_states)
+
+
+@contextlib.contextmanager
+def without_layers(model: nn.Module, layers: nn.ModuleList, device: torch.device) -> Iterator[None]:
+    """Put all of a model but its decoder layers on `device`, where relays stand for them."""
+    originals, home = list(layers), next(model.parameters()).device
+    try:
+        for index, layer in enumerate(originals):
+            layers[index] = _Relay(layer)
+        model.to(device)
+        yield
+    finally:
+        model.to(home)
+        for index, layer in enumerate(originals):
+            layers[index] = layer
+
+
 @torch.no_grad()
 def capture(
     model: nn.Module,
     layers: nn.ModuleList,
     batches: Sequence[Mapping[str, Tensor]],
     dtype: torch.dtype,
+    device: torch.device | str,
 ) -> LayerInputs:
-    """Run every sample through the model and keep what its decoder layers get.
+    """Run every sample through what surrounds the decoder layers, and keep what these are handed.
+
+    Layers are neither computed nor moved to `device`; the model is left as it was.
 
     Raises: PrerequisiteError when this transformers hands over more than one thing by position.
     """
@@ -66,14 +103,14 @@ def capture(
 
         return hook
 
-    def after(layer: nn.Module, args: Any, output: Any) -> None:
-        left[:] = [output[0] if isinstance(output, tuple) else output]
+    def after(layer: nn.Module, args: Any, output: Tensor) -> None:
+        left[:] = [output]
 
-    with contextlib.ExitStack() as hooks:
+    with contextlib.ExitStack() as around:
+        around.enter_context(without_layers(model, layers, torch.device(device)))
         for index, layer in enumerate(layers):
-            hooks.callback(layer.register_forward_pre_hook(before(index), with_kwargs=True).remove)
-            hooks.callback(layer.register_forward_hook(after).remove)
-        device = next(model.parameters()).device
+            around.callback(layer.register_forward_pre_hook(before(index), with_kwargs=True).remove)
+            around.callback(layer.register_forward_hook(after).remove)
         for batch in batches:
             model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False)
             ids = batch["input_ids"].clone()

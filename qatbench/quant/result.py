@@ -63,6 +63,11 @@ class QuantizedLinear:
         signed = self.fields.reshape(shape).float() - self.zeros.float()[..., None]
         return (signed * self.scales[..., None]).flatten(1)
 
+    def to(self, device: torch.device | str) -> QuantizedLinear:
+        """The same integers and scales on a device."""
+        fields, zeros, scales = (x.to(device) for x in (self.fields, self.zeros, self.scales))
+        return QuantizedLinear(fields, zeros, scales, self.grid)
+
     @classmethod
     def from_codes(cls, codes: Tensor, scales: Tensor, grid: Grid) -> QuantizedLinear:
         """From signed codes (out, in) int8 of the symmetric grid."""

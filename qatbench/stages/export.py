@@ -34,6 +34,8 @@ def write_packed(
     quantized: Quantized,
     out: Path,
     told: Mapping[str, Any] | None = None,
+    *,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Write the checkpoint of `quantized` into `out` and prove it; returns its figures.
 
@@ -43,19 +45,20 @@ def write_packed(
         quantized: what the quantizer or the trainer made.
         out: the stage's folder.
         told: the stage's own figures, for the model card.
+        device: where integers are packed, a linear at a time.
 
     Raises: NumericsError when the reloaded logits are off; ArtifactError when weights are missing.
     """
     dtype = _storage_dtype(source)
     with _scratch(out) as scratch:
-        _save(_tensors(loaded, quantized, dtype), scratch)
+        bits = _save_packed(loaded, quantized, dtype, device, scratch)
         _copy_companions(source, scratch)
         store.write_json(scratch / "config.json", _config(source, quantized, dtype))
-        dense = {f"{name}.weight": linear.dense() for name, linear in quantized.linears.items()}
-        install(loaded.model, dense)
+        for name, linear in quantized.linears.items():
+            install(loaded.model, {f"{name}.weight": linear.to(device).dense()})
         # auto-round changes transformers in this process as soon as it is imported.
         proof = prove(scratch, loaded, fresh=quantized.method == "autoround")
-        figures = {"bits_per_weight": bits_per_weight(quantized), "reload": proof}
+        figures = {"bits_per_weight": bits, "reload": proof}
         card.write(scratch, source, dict(told or {}) | figures)
         _publish(scratch, out)
     return figures
@@ -90,16 +93,6 @@ def install(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
             state[name].copy_(value)
 
 
-def bits_per_weight(quantized: Quantized) -> float:
-    """Stored bits a weight of the quantized linears, scales and zero points included."""
-    bits = weights = 0
-    for name, linear in quantized.linears.items():
-        packed = linear.packed(quantized.layout, name)
-        bits += sum(t.numel() * t.element_size() * 8 for k, t in packed.items() if k != "g_idx")
-        weights += linear.fields.numel()
-    return round(bits / weights, 4)
-
-
 @contextlib.contextmanager
 def _scratch(out: Path) -> Iterator[Path]:
     """An empty folder in `out`; it is gone afterwards, and what failed the proof with it."""
@@ -118,8 +111,10 @@ def _saved_keys(loaded: Loaded) -> list[str]:
     return [key for key in loaded.model.state_dict() if key not in tied]
 
 
-def _tensors(loaded: Loaded, quantized: Quantized, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Everything the checkpoint holds, by its name in the file.
+def _save_packed(
+    loaded: Loaded, quantized: Quantized, dtype: torch.dtype, device: str, folder: Path
+) -> float:
+    """Write everything the checkpoint holds; stored bits a quantized weight, zeros and scales in.
 
     What is not quantized is rounded to `dtype` in the model too: the proof is about packing.
     """
@@ -131,10 +126,14 @@ def _tensors(loaded: Loaded, quantized: Quantized, dtype: torch.dtype) -> dict[s
         if key not in replaced
     }
     install(loaded.model, tensors)
+    bits = weights = 0
     for name, linear in quantized.linears.items():
-        for part, value in linear.packed(quantized.layout, name).items():
-            tensors[f"{name}.{part}"] = value.cpu()
-    return {loaded.arch.file_key(key): value for key, value in tensors.items()}
+        packed = linear.to(device).packed(quantized.layout, name)
+        bits += sum(t.numel() * t.element_size() * 8 for k, t in packed.items() if k != "g_idx")
+        weights += linear.fields.numel()
+        tensors |= {f"{name}.{part}": value.cpu() for part, value in packed.items()}
+    _save({loaded.arch.file_key(key): value for key, value in tensors.items()}, folder)
+    return round(bits / weights, 4)
 
 
 def _stored(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,8 @@
 """Output error of each decoder layer on calibration data: the method against RTN.
 
 Each layer gets the 16-bit model's own input. Substituting a whole layer's weights (norms included)
-makes methods comparable that move scales between neighbouring modules, as AWQ does.
+makes methods comparable that move scales between neighbouring modules, as AWQ does. Layers are
+looked at one after another, each on the device only meanwhile.
 """
 
 from __future__ import annotations
@@ -14,31 +15,37 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qatbench.quant.grid import Grid
+from qatbench.quant.layer_inputs import LayerInputs, capture
 from qatbench.quant.result import Quantized
 from qatbench.quant.rtn import round_to_nearest
 from qatbench.vlm.load import Loaded
 
 SAMPLES = 16
-KEPT = 4 << 30  # bytes of dense weights of a method, on the device
 
 
 def compare_layers(
     loaded: Loaded,
     quantized: Quantized,
-    names: Sequence[str],
     grid: Grid,
     batches: Sequence[Mapping[str, Tensor]],
+    device: str,
 ) -> dict[str, Any]:
     """Relative squared output error of every decoder layer, for the method and for RTN.
 
     Uses the first 16 calibration samples. Relative to the squared size of the layer's update
     (output minus input), summed over samples.
 
+    Args:
+        loaded: the dense model in fp32, anywhere; it is left as it was.
+        quantized: the method's integers.
+        grid: of RTN.
+        batches: model inputs, one unpadded calibration sample each.
+        device: where layers are computed.
+
     Returns: `samples`, `method` and `rtn` (one figure a layer), `above_rtn`: the layers whose
         error is not below RTN's, and a `reason` where there are any.
     """
-    rtn = round_to_nearest(loaded.model, names, grid, lambda done, total: None)
-    sums = _layer_errors(loaded, {"method": quantized, "rtn": rtn}, batches[:SAMPLES])
+    sums = _layer_errors(loaded, quantized, grid, batches[:SAMPLES], device)
     above = [i for i, (m, r) in enumerate(zip(sums["method"], sums["rtn"], strict=True)) if m >= r]
     report: dict[str, Any] = {
         "samples": len(batches[:SAMPLES]),
@@ -58,84 +65,67 @@ def compare_layers(
 
 @torch.inference_mode()
 def _layer_errors(
-    loaded: Loaded, variants: Mapping[str, Quantized], batches: Sequence[Mapping[str, Tensor]]
+    loaded: Loaded,
+    quantized: Quantized,
+    grid: Grid,
+    batches: Sequence[Mapping[str, Tensor]],
+    device: str,
 ) -> dict[str, list[float]]:
     layers = loaded.model.get_submodule(loaded.arch.layers)
     assert isinstance(layers, nn.ModuleList)
-    weights = {kind: _Dense(variant, loaded) for kind, variant in variants.items()}
-    errors = {kind: [0.0] * len(layers) for kind in variants}
-    sizes = [0.0] * len(layers)
-    busy = False
-
-    def watch(index: int) -> Any:
-        def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            nonlocal busy
-            if busy:
-                return
-            busy = True
-            wanted = _first(output).float()
-            entered = _first(args[0] if args else kwargs["hidden_states"]).float()
-            sizes[index] += (wanted - entered).square().sum().item()
-            for kind, by_layer in weights.items():
-                got = functional_call(layer, by_layer.of(index), args, kwargs)
-                errors[kind][index] += (_first(got).float() - wanted).square().sum().item()
-            busy = False
-
-        return hook
-
-    handles = [
-        layer.register_forward_hook(watch(index), with_kwargs=True)
-        for index, layer in enumerate(layers)
-    ]
-    try:
-        for batch in batches:
-            loaded.model(
-                **{key: value.to(loaded.device) for key, value in batch.items()}, use_cache=False
-            )
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {
-        kind: [error / size for error, size in zip(some, sizes, strict=True)]
-        for kind, some in errors.items()
-    }
+    inputs = capture(loaded.model, layers, batches, torch.float32, device)
+    errors: dict[str, list[float]] = {"method": [], "rtn": []}
+    states: Sequence[Tensor] = inputs.first
+    for index, layer in enumerate(layers):
+        home = next(layer.parameters()).device
+        layer.to(device)
+        own = _of_layer(quantized, f"{loaded.arch.layers}.{index}.")
+        linears = [name for name, module in layer.named_modules() if name in own.linears]
+        rtn = round_to_nearest(layer, linears, grid, lambda done, total: None)
+        entered = inputs.entering(index, states)
+        states = _outputs(layer, {}, entered, inputs, index)
+        size = _distance(states, entered)
+        for kind, variant in (("method", own), ("rtn", rtn)):
+            got = _outputs(layer, _weights(variant, device), entered, inputs, index)
+            errors[kind].append(_distance(got, states) / size)
+        layer.to(home)
+    return errors
 
 
-def _first(value: Any) -> Tensor:
-    tensor: Tensor = value[0] if isinstance(value, tuple) else value
-    return tensor
+def _of_layer(quantized: Quantized, prefix: str) -> Quantized:
+    """What belongs to one decoder layer, by its name inside it."""
+
+    def inside(named: Mapping[str, Any]) -> dict[str, Any]:
+        return {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
+
+    linears, changed = inside(quantized.linears), inside(quantized.changed)
+    return Quantized(quantized.method, quantized.layout, linears, changed)
 
 
-class _Dense:
-    """Dense weights of a decoder layer, kept for the next sample as long as `KEPT` bytes hold them.
+def _weights(variant: Quantized, device: str) -> dict[str, Tensor]:
+    """Dense weights of a layer, made where they are used."""
+    linears = {f"{name}.weight": linear.to(device) for name, linear in variant.linears.items()}
+    dense = {name: linear.dense() for name, linear in linears.items()}
+    return dense | {name: value.to(device) for name, value in variant.changed.items()}
 
-    Of a 7B all of them would be 26 GB; its later layers are computed anew from their integers.
-    """
 
-    def __init__(self, variant: Quantized, loaded: Loaded) -> None:
-        self.variant, self.prefix, self.device = variant, loaded.arch.layers, loaded.device
-        self.kept: dict[int, dict[str, Tensor]] = {}
-        self.room = KEPT
+def _outputs(
+    layer: nn.Module,
+    weights: Mapping[str, Tensor],
+    entered: Sequence[Tensor],
+    inputs: LayerInputs,
+    index: int,
+) -> list[Tensor]:
+    """What a layer makes of each sample, with some of its weights replaced."""
+    keywords = inputs.keywords(index)
+    found = []
+    for sample, state in enumerate(entered):
+        given = {key: values[sample] for key, values in keywords.items()}
+        out = functional_call(layer, dict(weights), (state,), given)
+        found.append(out[0] if isinstance(out, tuple) else out)
+    return found
 
-    def of(self, index: int) -> dict[str, Tensor]:
-        """By name inside the layer."""
-        if index in self.kept:
-            return self.kept[index]
-        inside = f"{self.prefix}.{index}."
-        linears, changed = self.variant.linears, self.variant.changed
-        found = {f"{name}.weight": linear for name, linear in linears.items()}
-        weights = {
-            name.removeprefix(inside): value.dense().to(self.device)
-            for name, value in found.items()
-            if name.startswith(inside)
-        }
-        weights |= {
-            name.removeprefix(inside): value.to(self.device)
-            for name, value in changed.items()
-            if name.startswith(inside)
-        }
-        size = sum(value.numel() * value.element_size() for value in weights.values())
-        if size <= self.room:
-            self.kept[index] = weights
-            self.room -= size
-        return weights
+
+def _distance(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """Squared difference, summed over samples."""
+    return sum((a - b).square().sum().item() for a, b in zip(some, others, strict=True))

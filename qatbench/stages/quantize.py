@@ -105,13 +105,13 @@ def quantize(
         return store.read_json(out / store.PROVENANCE)
     grid = Grid(settings.bits, settings.group_size)
     progress("Loading the model", 0, 0)
-    loaded = models.load(model, device=device, dtype=torch.float32)
+    loaded = models.load(model, device="cpu", dtype=torch.float32)  # parts visit the device
     names = list(layout.linear_shapes(model.config))
     batches = calibration_batches(loaded, questions, settings.protocol)
     pad, tuned = loaded.tokenizer.pad_token_id or 0, settings.method == "autoround"
     grouped = batches if tuned else together(batches, settings.batch_size, pad)
     solving = time.monotonic()
-    quantized = _solve(settings, model, loaded, names, grid, grouped, dtype, progress)
+    quantized = _solve(settings, model, loaded, names, grid, grouped, device, dtype, progress)
     solved = time.monotonic() - solving
     figures: dict[str, Any] = {
         "method": settings.method,
@@ -126,11 +126,11 @@ def quantize(
     }
     if settings.method != "rtn":
         progress("Comparing layer errors with RTN", 0, 0)
-        figures["layers"] = compare_layers(loaded, quantized, names, grid, batches)
+        figures["layers"] = compare_layers(loaded, quantized, grid, batches, device)
     progress("Writing and reloading the checkpoint", 0, 0)
     seed = settings.seed if questions else None
     figures["origin"] = card.origin(model, _data(settings, questions, paths), seed)
-    figures |= export.write_packed(model, loaded, quantized, out, figures)
+    figures |= export.write_packed(model, loaded, quantized, out, figures, device=device)
     return folder.finish(
         inputs={"model": {"name": Path(model.name).name, "fingerprint": model.fingerprint()}},
         seconds=time.monotonic() - started,
@@ -146,6 +146,7 @@ def _solve(
     names: Sequence[str],
     grid: Grid,
     batches: Sequence[dict[str, Tensor]],
+    device: str,
     dtype: torch.dtype,
     progress: Progress,
 ) -> Quantized:
@@ -156,8 +157,7 @@ def _solve(
 
     chosen = layout_of(settings.layout, settings.method, settings.bits)
     if settings.method == "rtn":
-        return replace(round_to_nearest(loaded.model, names, grid, step), layout=chosen)
-    device = str(loaded.device)
+        return replace(round_to_nearest(loaded.model, names, grid, step, device), layout=chosen)
     if settings.method == "autoround":
         tuned = autoround.solve(
             loaded.model, names, grid, batches, iterations=settings.iters,

@@ -312,8 +312,9 @@ class TrainingRun:
         linears = {}
         for name in language_linears(self.request.student):
             codes, scales = model.get_submodule(name).codes_and_scales()
-            linears[name] = QuantizedLinear.from_codes(codes.cpu(), scales.cpu(), grid)
+            linears[name] = QuantizedLinear.from_codes(codes, scales, grid).to("cpu")
         lsq.detach(model)
         layout = layout_of(self.settings.layout, self.settings.method, self.settings.bits)
         quantized = Quantized(self.settings.method, layout, linears)
-        return export.write_packed(self.request.student, self.student, quantized, self.out, told)
+        to = (self.request.student, self.student, quantized, self.out, told)
+        return export.write_packed(*to, device=str(self.device))

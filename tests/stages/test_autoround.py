@@ -64,8 +64,12 @@ def test_layers_one_after_another_compute_what_the_model_does(
     layers: Any = model.model.get_submodule(model.arch.layers)
     wanted: list[Tensor] = []
     handle = layers[-1].register_forward_hook(lambda module, args, out: wanted.append(out))
-    got = capture(model.model, layers, batches, torch.float32)
+    for batch in batches:
+        model.model(**batch, use_cache=False)
     handle.remove()
+    own = list(layers)
+    got = capture(model.model, layers, batches, torch.float32, "cpu")
+    assert list(layers) == own
 
     states = got.first
     for index, layer in enumerate(layers):
