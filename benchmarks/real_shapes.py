@@ -40,7 +40,6 @@ import train_step  # noqa: E402
 from qatbench.quant import backends  # noqa: E402
 from qatbench.quant.grid import Grid  # noqa: E402
 from qatbench.stages import quantize as stage  # noqa: E402
-from qatbench.stages.common import silent  # noqa: E402
 from qatbench.tasks import selector  # noqa: E402
 from qatbench.vlm import load as models  # noqa: E402
 from qatbench.vlm.batch import Encoder  # noqa: E402
@@ -103,6 +102,23 @@ def measured(into: dict[str, Any]) -> Iterator[None]:
         into["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
 
 
+class Phases:
+    """When each thing that the verb tells of itself began."""
+
+    def __init__(self) -> None:
+        self.started = {"reading": time.monotonic()}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Told by the verb."""
+        self.started.setdefault(what, time.monotonic())
+
+    def seconds(self) -> dict[str, float]:
+        """Of each, until the next began."""
+        ends = [*list(self.started.values())[1:], time.monotonic()]
+        spans = zip(self.started.items(), ends, strict=True)
+        return {what: round(end - start, 1) for (what, start), end in spans}
+
+
 # --- four layers, every PTQ method ----------------------------------------------------------------
 
 
@@ -131,12 +147,14 @@ def directly(
 DIRECTLY: dict[str, Callable[..., float]] = {"gptq": directly, "awq": directly}
 
 
-def ptq(methods: list[str], samples: int, small: bool, device: str) -> list[dict[str, Any]]:
+def ptq(
+    methods: list[str], samples: int, small: bool, device: str, layers: int = LAYERS
+) -> list[dict[str, Any]]:
     """Ours and the library's, one after the other."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        folder = build("llava", root / "model", small, None if small else LAYERS, device)
+        folder = build("llava", root / "model", small, None if small else layers, device)
         data = {"scienceqa": str(tiny.save_questions(root / "data", text=0, images=samples))}
         chosen = selector.parse("scienceqa:train")
         for method in methods:
@@ -145,10 +163,12 @@ def ptq(methods: list[str], samples: int, small: bool, device: str) -> list[dict
                 dtype="bfloat16",
             )  # fmt: skip
             ours: dict[str, Any] = {}
+            phases = Phases()
             with measured(ours):
                 record = stage.quantize(
-                    folder, settings, data, root / method, resume=False, progress=silent
+                    folder, settings, data, root / method, resume=False, progress=phases
                 )
+            ours["phases"] = phases.seconds()
             ours["solving_seconds"] = record["figures"]["calibration_seconds"]
             row: dict[str, Any] = {"method": method, "ours": ours}
             if method in DIRECTLY:
@@ -164,7 +184,7 @@ def ptq(methods: list[str], samples: int, small: bool, device: str) -> list[dict
                 row["library"] = theirs | {"solving_seconds": round(solving, 1)}
                 row["solving_over_library"] = ours["solving_seconds"] / solving
                 row["verb_over_library"] = ours["seconds"] / theirs["seconds"]
-            row["extrapolated_whole_model_minutes"] = ours["solving_seconds"] * 32 / LAYERS / 60
+            row["extrapolated_whole_model_minutes"] = ours["solving_seconds"] * 32 / layers / 60
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
     return rows
@@ -197,10 +217,12 @@ def whole(kind: str, small: bool, device: str, backend: str) -> dict[str, Any]:
         root = Path(scratch)
         folder = build(kind, root / "model", small, None, device)
         settings = stage.QuantizeSettings("rtn", 4, GROUP[small], device=device)
+        phases = Phases()
         with measured(found.setdefault("quantize", {})):
             record = stage.quantize(
-                folder, settings, {}, root / "out", resume=False, progress=silent
+                folder, settings, {}, root / "out", resume=False, progress=phases
             )
+        found["quantize"]["phases"] = phases.seconds()
         found["reload"] = record["figures"]["reload"]
         print(json.dumps(found), file=sys.stderr, flush=True)
         found["checkpoint_gb"] = models.find(str(root / "out")).weight_bytes() / 1e9
@@ -246,7 +268,7 @@ def main() -> None:
                              "torch": torch.__version__}  # fmt: skip
     if "ptq" in wanted:
         if not given.tiny:
-            ptq(given.method, 4, True, device)
+            ptq(given.method, 4, False, device, layers=1)
         found["ptq"] = ptq(given.method, given.samples, given.tiny, device)
     if "whole" in wanted:
         kinds = given.model

@@ -107,7 +107,7 @@ def take(weight: Tensor, scale: Tensor, grid: Grid, name: str) -> QuantizedLinea
     groups = grid.groups(width, name)
     if scale.numel() != out * groups:
         raise NumericsError(f"{name}: scales {tuple(scale.shape)}, expected {(out, groups)}")
-    scales = scale.detach().float().reshape(out, groups)
+    scales = scale.detach().to(weight.device, torch.float32).reshape(out, groups)
     place = weight.detach().float().reshape(out, groups, -1) / scales[..., None]
     codes = place.round()
     # Half a unit in the last place of `weight`, in steps: 0.25 at 8 bits in bfloat16, and below a

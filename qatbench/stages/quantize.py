@@ -98,7 +98,8 @@ def quantize(
     _check_images(model, questions)
     device = models.pick_device(settings.device)
     dtype = models.pick_dtype(settings.dtype or "float32", device)
-    if settings.method == "autoround":
+    tuned = settings.method == "autoround"
+    if tuned:
         layer_tuning.check(dtype)
     folder = store.RunFolder(out, "quantize", settings.spec(model.fingerprint(), questions))
     if folder.begin(resume=resume) is store.State.DONE:
@@ -107,8 +108,9 @@ def quantize(
     progress("Loading the model", 0, 0)
     loaded = models.load(model, device="cpu", dtype=torch.float32)  # parts visit the device
     names = list(layout.linear_shapes(model.config))
+    progress("Encoding calibration samples", 0, len(questions))
     batches = calibration_batches(loaded, questions, settings.protocol)
-    pad, tuned = loaded.tokenizer.pad_token_id or 0, settings.method == "autoround"
+    pad = loaded.tokenizer.pad_token_id or 0
     grouped = batches if tuned else together(batches, settings.batch_size, pad)
     solving = time.monotonic()
     quantized = _solve(settings, model, loaded, names, grid, grouped, device, dtype, progress)
@@ -131,12 +133,10 @@ def quantize(
     seed = settings.seed if questions else None
     figures["origin"] = card.origin(model, _data(settings, questions, paths), seed)
     figures |= export.write_packed(model, loaded, quantized, out, figures, device=device)
-    return folder.finish(
-        inputs={"model": {"name": Path(model.name).name, "fingerprint": model.fingerprint()}},
-        seconds=time.monotonic() - started,
-        machine=models.machine(device),
-        figures=figures | {"making_seconds": round(solved, 3)},
-    )
+    figures["making_seconds"] = round(solved, 3)
+    inputs = {"model": {"name": Path(model.name).name, "fingerprint": model.fingerprint()}}
+    seconds, machine = time.monotonic() - started, models.machine(device)
+    return folder.finish(inputs=inputs, seconds=seconds, machine=machine, figures=figures)
 
 
 def _solve(

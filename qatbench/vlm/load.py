@@ -11,7 +11,9 @@ import contextlib
 import json
 import logging
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -57,10 +59,15 @@ class ModelFolder:
 
     def fingerprint(self) -> str:
         """Of how it was made where that is known, else of every weight and config byte."""
-        if "fingerprint" in self.provenance:
-            return str(self.provenance["fingerprint"])
+        return str(self.provenance.get("fingerprint") or self._digest)
+
+    @cached_property
+    def _digest(self) -> str:
         files = sorted([*self.path.glob("*.safetensors"), *self.path.glob("*.json")])
-        return store.fingerprint({file.name: store.file_digest(file) for file in files})
+        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+            digests = list(pool.map(store.file_digest, files))
+        names = [file.name for file in files]
+        return store.fingerprint(dict(zip(names, digests, strict=True)))
 
     def weight_bytes(self) -> int:
         """Bytes of all safetensors files."""
