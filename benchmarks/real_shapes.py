@@ -130,7 +130,10 @@ def directly(
     Returns: the seconds before saving.
     """
     started = time.monotonic()
-    with backends.quiet(), backends._failing_softly(), tempfile.TemporaryDirectory() as out:
+    with (
+        backends._elsewhere(), backends.quiet(), backends._failing_softly(),
+        tempfile.TemporaryDirectory() as out,
+    ):  # fmt: skip
         model = backends._load(
             method, folder.path, grid, device, torch.bfloat16, symmetric=method == "gptq"
         )
