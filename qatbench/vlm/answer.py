@@ -18,7 +18,9 @@ from qatbench.errors import ArtifactError, NumericsError, PrerequisiteError
 from qatbench.records import Prediction, Question
 from qatbench.tasks import protocols
 from qatbench.tasks.protocols import Protocol
-from qatbench.vlm.batch import Encoded, Encoder, OptionRow, generate, score_options
+from qatbench.vlm.batch import Encoded, Encoder
+from qatbench.vlm.generate import generate
+from qatbench.vlm.scoring import OptionRow, score_options
 
 Mode = Literal["options", "generate"]
 Key = tuple[str, str]
@@ -47,7 +49,7 @@ class Item:
     @property
     def cost(self) -> int:
         """Tokens of the sequence that is run."""
-        return len(self.prompt or ()) + sum(map(len, self.answers or ()))
+        return len(self.prompt or ()) + sum(len(answer) - 1 for answer in self.answers or ())
 
 
 def prepare(encoder: Encoder, question: Question, protocol: Protocol, mode: Mode) -> Item:

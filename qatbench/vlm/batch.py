@@ -1,4 +1,4 @@
-"""Questions -> token sequences -> batches; option scoring from one forward.
+"""Questions -> token sequences and what the vision tower needs.
 
 A text model gets the prompt as it is. A VLM gets it inside its own chat template as one user turn,
 images first; its processor expands each image mark to that image's visual tokens.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
 from qatbench.vlm.layout import image_token
@@ -166,6 +166,12 @@ def backbone(loaded_model: Any) -> Any:
     return loaded_model.model
 
 
+def arithmetic(model: Any) -> torch.dtype:
+    """The dtype that a model's floats have: of its activations, and what pixels are cast to."""
+    dtype: torch.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return dtype
+
+
 def pixel_batch(
     rows: Sequence[Encoded], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
@@ -175,138 +181,3 @@ def pixel_batch(
         value = torch.cat([row.pixels[key] for row in rows if key in row.pixels]).to(device)
         out[key] = value.to(dtype) if value.is_floating_point() else value
     return out
-
-
-@dataclass(frozen=True)
-class OptionRow:
-    """One question ready to be scored: prompt and one continuation an option."""
-
-    prompt: Encoded
-    answers: list[list[int]]
-
-    def __len__(self) -> int:
-        return len(self.prompt) + sum(map(len, self.answers))
-
-
-@torch.inference_mode()
-def score_options(loaded: Loaded, rows: Sequence[OptionRow]) -> list[list[float]]:
-    """Mean log-probability (nats a token) of each option after its prompt.
-
-    One forward over sequences that hold the prompt once and then every option side by side: an
-    option's tokens see the prompt and themselves, at the positions right after the prompt.
-
-    Returns: one list a row, one float an option; the log-softmax is in fp32.
-    """
-    model, device = loaded.model, loaded.device
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    asked, rows = rows, [_unique(row) for row in rows]
-    ids, positions, mask = _layout(rows, loaded.tokenizer.pad_token_id or 0)
-    hidden = backbone(model)(
-        input_ids=ids.to(device),
-        position_ids=positions.to(device),
-        attention_mask=mask.to(device)[:, None],
-        use_cache=False,
-        **pixel_batch([row.prompt for row in rows], device, dtype),
-    ).last_hidden_state
-    where, tokens = _predictors(rows)
-    flat = hidden.reshape(-1, hidden.shape[-1])[where.to(device)]
-    logprobs = _token_logprobs(model.lm_head, flat, tokens.to(device)).tolist()
-    scores: list[list[float]] = []
-    at = 0
-    for row, given in zip(rows, asked, strict=True):
-        means: dict[tuple[int, ...], float] = {}
-        for answer in row.answers:
-            means[tuple(answer)] = sum(logprobs[at : at + len(answer)]) / len(answer)
-            at += len(answer)
-        scores.append([means[tuple(answer)] for answer in given.answers])
-    return scores
-
-
-def _unique(row: OptionRow) -> OptionRow:
-    """The row with equal options once: they tie exactly, whatever the kernels' rounding."""
-    return OptionRow(row.prompt, [list(ids) for ids in dict.fromkeys(map(tuple, row.answers))])
-
-
-def _layout(rows: Sequence[OptionRow], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids (B, L), positions (B, L) and the boolean mask (B, L, L): True where i sees j.
-
-    Positions have the shape (3, B, L) for M-RoPE. Padding is at position 0.
-    """
-    length = max(map(len, rows))
-    ids = torch.full((len(rows), length), pad)
-    axes = rows[0].prompt.positions().shape[:-1]  # (3,) for M-RoPE, else ()
-    positions = torch.zeros(*axes, len(rows), length, dtype=torch.long)
-    mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    for b, row in enumerate(rows):
-        start = len(row.prompt)
-        ids[b, :start] = torch.tensor(row.prompt.ids)
-        positions[..., b, :start] = row.prompt.positions()
-        mask[b, :start, :start] = causal[:start, :start]
-        at = start
-        for answer in row.answers:
-            end = at + len(answer)
-            ids[b, at:end] = torch.tensor(answer)
-            positions[..., b, at:end] = row.prompt.positions(len(answer))[..., start:]
-            mask[b, at:end, :start] = True
-            mask[b, at:end, at:end] = causal[: len(answer), : len(answer)]
-            at = end
-    return ids, positions, mask
-
-
-def _predictors(rows: Sequence[OptionRow]) -> tuple[Tensor, Tensor]:
-    """Flat positions whose output predicts each answer token, and those tokens."""
-    length = max(map(len, rows))
-    where: list[int] = []
-    tokens: list[int] = []
-    for b, row in enumerate(rows):
-        last, at = len(row.prompt) - 1, len(row.prompt)
-        for answer in row.answers:
-            inside = [last, *range(at, at + len(answer) - 1)]
-            where.extend(b * length + position for position in inside)
-            tokens.extend(answer)
-            at += len(answer)
-    return torch.tensor(where), torch.tensor(tokens)
-
-
-def _token_logprobs(head: nn.Module, hidden: Tensor, tokens: Tensor, chunk: int = 1024) -> Tensor:
-    parts = []
-    for some, wanted in zip(torch.split(hidden, chunk), torch.split(tokens, chunk), strict=True):
-        logp = head(some).float().log_softmax(-1)
-        parts.append(logp.gather(-1, wanted[:, None])[:, 0])
-    return torch.cat(parts)
-
-
-@torch.inference_mode()
-def generate(loaded: Loaded, prompts: Sequence[Encoded], max_new_tokens: int) -> list[str]:
-    """Greedy responses to a batch of prompts (left-padded); special tokens are dropped.
-
-    The model's own generation settings (Qwen2.5-VL's penalty on repetitions) do not apply.
-    """
-    model, device = loaded.model, loaded.device
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    length = max(map(len, prompts))
-    pad = loaded.tokenizer.pad_token_id
-    pad = loaded.tokenizer.eos_token_id if pad is None else pad
-    ids = torch.full((len(prompts), length), pad)
-    mask = torch.zeros(len(prompts), length, dtype=torch.long)
-    for b, prompt in enumerate(prompts):
-        ids[b, length - len(prompt) :] = torch.tensor(prompt.ids)
-        mask[b, length - len(prompt) :] = 1
-    kinds = [F.pad(p.kinds, (length - len(p), 0)) for p in prompts if p.kinds is not None]
-    extra = {"mm_token_type_ids": torch.stack(kinds).to(device)} if kinds else {}
-    out = model.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        repetition_penalty=1.0,
-        pad_token_id=pad,
-        **extra,
-        **pixel_batch(prompts, device, dtype),
-    )
-    texts: list[str] = loaded.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-    return texts

@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from qatbench.errors import ArtifactError
-from qatbench.vlm.batch import Encoded, Encoder, OptionRow, generate, pixel_batch, score_options
+from qatbench.vlm.batch import Encoded, Encoder, pixel_batch
+from qatbench.vlm.generate import generate
 from qatbench.vlm.load import Loaded
+from qatbench.vlm.scoring import OptionRow, score_options
 
 CPU = torch.device("cpu")
 # 9, 12 and 16 visual tokens: tiny.QWEN_PIXELS

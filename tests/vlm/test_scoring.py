@@ -16,8 +16,10 @@ from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
 from qatbench.records import Question
 from qatbench.tasks import protocols, scienceqa
 from qatbench.vlm import answer, batch
-from qatbench.vlm.batch import Encoder, OptionRow, generate, open_image, score_options
+from qatbench.vlm.batch import Encoded, Encoder, open_image
+from qatbench.vlm.generate import generate
 from qatbench.vlm.load import Loaded
+from qatbench.vlm.scoring import OptionRow, score_options
 
 # fp32 keeps 2^-24 of logits near 10; a few hundred additions in another order stay below this.
 ATOL = 5e-5
@@ -95,7 +97,8 @@ def test_a_prompt_is_computed_once(any_model: Loaded, data: Path) -> None:
     finally:
         handle.remove()
     assert len(row.answers) > 2
-    assert seen == [len(row.prompt) + sum(map(len, row.answers))]
+    # An option's last token is predicted only.
+    assert seen == [len(row.prompt) + sum(len(answer) - 1 for answer in row.answers)]
 
 
 def test_equal_options_tie_and_the_first_is_chosen(text_model: Loaded) -> None:
@@ -123,6 +126,39 @@ def test_generation_in_a_batch_equals_one_by_one(any_model: Loaded, data: Path) 
     alone = [generate(any_model, [prompt], 6)[0] for prompt in prompts]
     assert len(set(alone)) > 1
     assert generate(any_model, prompts, 6) == alone
+
+
+def test_generation_is_that_of_the_plain_model_and_rows_leave_as_they_end(
+    any_model: Loaded, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, plain = Encoder(any_model), protocols.get("qatbench")
+    prompts = [encoder.prompt(plain.prompt(q), q.image) for q in questions(any_model, data)]
+
+    def plainly(prompt: Encoded) -> list[int]:
+        inputs = prompt.inputs() | {"attention_mask": torch.ones(1, len(prompt)).long()}
+        out = any_model.model.generate(
+            **inputs, max_new_tokens=8, do_sample=False, repetition_penalty=1.0
+        )
+        ids: list[int] = out[0, len(prompt) :].tolist()
+        return ids
+
+    free = [plainly(prompt) for prompt in prompts]
+    ends = [free[0][2], free[-1][4]]  # now some rows end early, others never
+    monkeypatch.setattr(any_model.model.generation_config, "eos_token_id", ends)
+    wanted = [plainly(prompt) for prompt in prompts]
+    lengths = {len(ids) for ids in wanted}
+    assert len(lengths) > 1
+    texts = [[t for t in ids if t not in ends] for ids in wanted]
+    widths: list[int] = []
+    handle = any_model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        got = generate(any_model, prompts, 8)
+    finally:
+        handle.remove()
+    assert got == any_model.tokenizer.batch_decode(texts, skip_special_tokens=True)
+    assert widths == [sum(len(ids) > step for ids in wanted) for step in range(max(lengths))]
 
 
 def test_generation_is_greedy_and_holds_no_prompt(llava: Loaded, data: Path) -> None:
