@@ -22,8 +22,8 @@ import torch
 from qatbench import store
 from qatbench.recipe_file import load_recipe
 from qatbench.records import Prediction
+from qatbench.stages.answering import answer_all
 from qatbench.stages.common import silent
-from qatbench.stages.evaluate import answer_all
 from qatbench.stages.plan import Plan, Unit
 from qatbench.stages.run import make_checkpoint, request_of
 from qatbench.stages.train import TrainingRun
@@ -77,7 +77,8 @@ def compare(plan: Plan, unit: Unit, work: Path) -> dict[str, Any]:
 
 def ask(plan: Plan, loaded: Loaded, partial: Path) -> list[Prediction]:
     """All questions of the recipe."""
-    return answer_all(loaded, plan.evaluation, plan.asked(), partial, silent).rows
+    how = plan.evaluation
+    return answer_all(loaded, plan.asked(), how.protocol, how.mode, partial, silent).rows
 
 
 def difference(before: Sequence[Prediction], after: Sequence[Prediction]) -> dict[str, Any]:

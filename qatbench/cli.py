@@ -9,12 +9,13 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from qatbench import __version__
 from qatbench.cli_doctor import doctor_command
+from qatbench.cli_eval import eval_command
 from qatbench.cli_make import card_command, quantize_command
 from qatbench.cli_mini import app as mini_app
 from qatbench.cli_options import (
@@ -26,24 +27,19 @@ from qatbench.cli_options import (
     Jobs,
     Json,
     Limit,
-    Model,
     Out,
-    Protocols,
     Recipe,
     Results,
     Resume,
     SaveEvery,
     Seed,
-    Tasks,
     data_paths,
-    protocols_of,
     same_options,
     worker_options,
 )
 from qatbench.cli_show import (
     comparison_result,
     dry_run_result,
-    evaluation_result,
     worst_drop,
 )
 from qatbench.cli_train import train_command
@@ -74,66 +70,8 @@ app.command("train-qat")(train_command)
 app.command("verify")(verify_command)
 app.command("card")(card_command)
 app.command("doctor")(doctor_command)
+app.command("eval")(eval_command)
 app.add_typer(mini_app, name="mini")
-
-
-@app.command("eval")
-def eval_command(
-    model: Model,
-    task: Tasks,
-    out: Out,
-    protocol: Protocols = None,
-    mode: Annotated[
-        Literal["options", "generate"], typer.Option(help="Score options, or write an answer.")
-    ] = "options",
-    limit: Limit = None,
-    images: Annotated[
-        Literal["shown", "none", "shuffled"],
-        typer.Option(help="Control: without pictures, or with another question's."),
-    ] = "shown",
-    batch_size: BatchSize = None,
-    dtype: Dtype = None,
-    kernel: Annotated[
-        Literal["auto", "library", "dense"], typer.Option(help="How packed linears multiply.")
-    ] = "auto",
-    max_errors: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of error rows allowed.")
-    ] = 0.01,
-    data: Data = None,
-    seed: Seed = 0,
-    device: Device = None,
-    resume: Resume = False,
-    as_json: Json = False,
-) -> None:
-    """Answer the questions of a task and write predictions.jsonl and metrics.json.
-
-    Example: qatbench eval smollm2-135m --task scienceqa --data mini-text --limit 50 --out out/base
-    """
-    from qatbench.stages.evaluate import EvalSettings, evaluate
-    from qatbench.tasks import selector
-    from qatbench.vlm.load import find
-
-    ui = Ui(as_json=as_json)
-    chosen = tuple(selector.parse(text) for text in task)
-    tasks = [one.task for one in chosen]
-    settings = EvalSettings(
-        selectors=chosen,
-        protocol=protocols_of(protocol, tasks),
-        mode=mode,
-        dtype=dtype,
-        kernel=kernel,
-        limit=limit,
-        images=images,
-        seed=seed,
-        device=device,
-        batch_size=batch_size,
-        max_errors=max_errors,
-    )
-    with ui.progress() as progress:
-        evaluate(
-            find(model), settings, data_paths(data, tasks), out, resume=resume, progress=progress
-        )
-    evaluation_result(ui, model, out)
 
 
 @app.command("compare")

@@ -1,34 +1,44 @@
 """eval: a model and questions -> predictions.jsonl and metrics.json.
 
 Questions are put into batches by length before any of them runs; each finished batch is appended
-to `predictions.partial.jsonl`. A resumed run forms the same batches and repeats those that are
-not whole in that file, so it ends with the predictions of an uninterrupted one.
+to `predictions.partial.jsonl`. A resumed run forms the same batches (`batching.json` holds the size
+that was found) and repeats those that are not whole in that file, so it ends with the predictions
+of an uninterrupted one; so do worker processes that each answer some of the batches.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+
+import torch
 
 from qatbench import store
 from qatbench.errors import ArtifactError, UsageError
-from qatbench.records import Prediction, Question
+from qatbench.records import Question
+from qatbench.stages.answering import (
+    PARTIAL,
+    Batching,
+    answer_all,
+    collected,
+    found_tokens,
+)
 from qatbench.stages.common import Progress
 from qatbench.stages.metrics import summarize
+from qatbench.stages.predictions import check_errors, write_predictions
+from qatbench.stages.workers import Job, run_jobs
 from qatbench.tasks import selector
 from qatbench.tasks.controls import Images, with_images
 from qatbench.tasks.selector import Selector
-from qatbench.vlm import answer as answering
 from qatbench.vlm import load as models
-from qatbench.vlm.answer import Item, Key
 from qatbench.vlm.batch import Encoder
-from qatbench.vlm.load import Loaded, ModelFolder
+from qatbench.vlm.load import ModelFolder
 
-PARTIAL = "predictions.partial.jsonl"
-TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}  # padded tokens a batch
+BATCHING, LOGS = "batching.json", "logs"
 
 
 @dataclass(frozen=True)
@@ -104,32 +114,38 @@ def evaluate(
     *,
     resume: bool,
     progress: Progress,
+    jobs: Sequence[Job] = (),
 ) -> dict[str, Any]:
     """Answer every question and write the run folder; returns its provenance.
+
+    `jobs` are worker processes, each of which answers a part (`evaluate_part`).
 
     Raises: ArtifactError (no metrics.json is written) when more than `max_errors` of the
         questions ended in an error; UsageError for an image question and a text model.
     """
     started = time.monotonic()
-    asked = questions_of(settings.selectors, paths, settings.limit, settings.seed)
-    asked = {
-        name: with_images(rows, settings.images, settings.seed) for name, rows in asked.items()
-    }
-    _refuse_images(model, asked)
+    asked = _asked(model, settings, paths)
     device = models.pick_device(settings.device)
     dtype = models.pick_dtype(settings.dtype, device)
     folder = run_folder(out, settings, model.fingerprint(), asked)
     if folder.begin(resume=resume) is store.State.DONE:
         return _finished(out)
+    batching = _batching(model, settings, out, device, dtype, max(1, len(jobs)))
+    answered = time.monotonic()
+    if jobs:
+        run_jobs(jobs, len(jobs), out / LOGS, progress)
     progress("Loading the model", 0, 0)
     loaded = models.load(model, device=device, dtype=dtype, kernel=_kernel(settings, model))
-    answered = time.monotonic()
-    rows, now = answer_all(loaded, settings, asked, out / PARTIAL, progress)
+    answered = answered if jobs else time.monotonic()
+    rows, now = answer_all(
+        loaded, asked, settings.protocol, settings.mode, out / PARTIAL, progress, batching
+    )
     seconds = time.monotonic() - answered
-    _check_errors(rows, settings.max_errors)
-    _write_predictions(rows, out, paths)
+    write_predictions(rows, out, paths)
+    check_errors(rows, settings.max_errors)
     names = {task: settings.protocol[task] for task in {row.task for row in rows}}
-    metrics = summarize(rows, protocols=names, mode=settings.mode, seconds=seconds, timed=now)
+    timed = len(rows) if jobs else now
+    metrics = summarize(rows, protocols=names, mode=settings.mode, seconds=seconds, timed=timed)
     store.write_json(out / "metrics.json", metrics.model_dump(mode="json"))
     record = folder.finish(
         inputs={"model": _model_record(model), "data": folder.spec["tasks"]},
@@ -139,12 +155,68 @@ def evaluate(
             "kernel": models.kernel_name(loaded),
             "prompt_form": Encoder(loaded).form,
             "dtype": str(dtype).removeprefix("torch."),
-            "batch_size": settings.batch_size or f"{_budget(device)} padded tokens",
+            "batch_size": settings.batch_size or f"{batching.tokens} padded tokens",
             "data": {task: selector.place(task, paths) for task in names},
-        },
+        }
+        | ({"processes": len(jobs)} if jobs else {}),
     )
-    (out / PARTIAL).unlink(missing_ok=True)
+    _tidy(out)
     return record
+
+
+def evaluate_part(
+    model: ModelFolder,
+    settings: EvalSettings,
+    paths: Mapping[str, str],
+    out: Path,
+    part: tuple[int, int],
+    progress: Progress,
+) -> None:
+    """Answer part k of n of an evaluation that another process has begun in `out`.
+
+    Raises: UsageError when nothing was begun there; ArtifactError when it has other settings.
+    """
+    asked = _asked(model, settings, paths)
+    folder = run_folder(out, settings, model.fingerprint(), asked)
+    if folder.state() is not store.State.RESUME:
+        raise UsageError(f"{out} holds no evaluation that was begun", hint="--jobs starts parts")
+    device = models.pick_device(settings.device)
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        device = f"cuda:{part[0] % torch.cuda.device_count()}"
+    dtype = models.pick_dtype(settings.dtype, device)
+    tokens = int(store.read_json(out / BATCHING)["tokens"])
+    loaded = models.load(model, device=device, dtype=dtype, kernel=_kernel(settings, model))
+    batching = Batching(settings.batch_size, tokens, part)
+    answer_all(loaded, asked, settings.protocol, settings.mode, out / PARTIAL, progress, batching)
+
+
+def _asked(
+    model: ModelFolder, settings: EvalSettings, paths: Mapping[str, str]
+) -> dict[str, list[Question]]:
+    """What is asked, pictures as the control wants them."""
+    asked = questions_of(settings.selectors, paths, settings.limit, settings.seed)
+    asked = {
+        name: with_images(rows, settings.images, settings.seed) for name, rows in asked.items()
+    }
+    _refuse_images(model, asked)
+    return asked
+
+
+def _batching(
+    model: ModelFolder, settings: EvalSettings, out: Path, device: str, dtype: torch.dtype, n: int
+) -> Batching:
+    """The size that was found when the folder was begun, for one that goes on too."""
+    if not (out / BATCHING).exists():
+        tokens = found_tokens(model, device, dtype, settings.mode, n)
+        store.write_json(out / BATCHING, {"tokens": tokens})
+    return Batching(settings.batch_size, int(store.read_json(out / BATCHING)["tokens"]))
+
+
+def _tidy(out: Path) -> None:
+    """Remove what an unfinished evaluation needs."""
+    for file in (*collected(out / PARTIAL), out / BATCHING):
+        file.unlink(missing_ok=True)
+    shutil.rmtree(out / LOGS, ignore_errors=True)
 
 
 def run_folder(
@@ -219,92 +291,3 @@ def _model_record(model: ModelFolder) -> dict[str, Any]:
         "bits_per_weight": known.get("bits_per_weight", 16.0),
         **{key: value for key, value in known.items() if key not in ("reload", "layers", "origin")},
     }
-
-
-# --- answering ----------------------------------------------------------------------------------
-
-
-class Answered(NamedTuple):
-    """Predictions in the order asked."""
-
-    rows: list[Prediction]
-    now: int  # answered by this run, the others by an earlier one
-
-
-def answer_all(
-    loaded: Loaded,
-    settings: EvalSettings,
-    asked: Mapping[str, Sequence[Question]],
-    partial: Path,
-    progress: Progress,
-) -> Answered:
-    """Answer all questions, batch by batch, appending to `partial`.
-
-    What `partial` holds already is kept; its errors are tried again.
-    """
-    encoder = Encoder(loaded)
-    progress("Reading the questions", 0, 0)
-    questions = [question for rows in asked.values() for question in rows]
-    items = answering.items_of(encoder, questions, settings.protocol, settings.mode)
-    batches = answering.batches(items, settings.batch_size, _budget(loaded.device.type))
-    done = _whole_batches(partial, batches)
-    kept = len(done)
-    store.write_text(partial, _lines(done.values()))
-    with partial.open("a", encoding="utf-8") as stream:
-        for batch in batches:
-            if batch[0].key in done:
-                continue
-            rows = answering.answer(encoder, batch)
-            done |= {(row.task, row.id): row for row in rows}
-            stream.write(_lines(rows))
-            stream.flush()
-            progress("Answering", len(done), len(items))
-    return Answered([done[item.key] for item in items], len(items) - kept)
-
-
-def _whole_batches(partial: Path, batches: Sequence[Sequence[Item]]) -> dict[Key, Prediction]:
-    """Rows of batches that were answered as a whole; errors are not answers."""
-    if not partial.exists():
-        return {}
-    rows = store.read_predictions(partial, torn_tail=True)
-    found = {(row.task, row.id): row for row in rows if row.status != "error"}
-    done: dict[Key, Prediction] = {}
-    for batch in batches:
-        if all(item.key in found for item in batch):
-            done |= {item.key: found[item.key] for item in batch}
-    return done
-
-
-# --- the end ------------------------------------------------------------------------------------
-
-
-def _check_errors(rows: Sequence[Prediction], allowed: float) -> None:
-    failed = [row for row in rows if row.status == "error"]
-    if len(failed) > allowed * len(rows):
-        raise ArtifactError(
-            f"{len(failed)} of {len(rows)} questions ended in an error "
-            f"(first: {failed[0].id}, {failed[0].error})",
-            hint="complete the data, or allow it with --max-errors; no metrics were written",
-        )
-
-
-def _write_predictions(rows: Sequence[Prediction], out: Path, paths: Mapping[str, str]) -> None:
-    """predictions.jsonl; responses to data that may not be passed on go to a file of their own."""
-    kept = []
-    for row in rows:
-        if row.raw is None or selector.shareable(row.task, paths.get(row.task)):
-            kept.append(row)
-        else:
-            kept.append(row.model_copy(update={"raw": None}))
-    if kept != list(rows):
-        store.write_text(out / "responses.jsonl", _lines(rows))
-    store.write_text(out / "predictions.jsonl", _lines(kept))
-    (out / "predictions.jsonl.gz").unlink(missing_ok=True)  # of an earlier answer
-
-
-def _lines(rows: Iterable[Prediction]) -> str:
-    return "".join(row.model_dump_json(exclude_none=False) + "\n" for row in rows)
-
-
-def _budget(device: str) -> int:
-    return TOKEN_BUDGET["cpu" if device == "cpu" else "cuda"]

@@ -18,8 +18,8 @@ from qatbench import store
 from qatbench.errors import UsageError
 from qatbench.recipe import ArmRef, Recipe, TuningSpec
 from qatbench.records import Prediction, Question
+from qatbench.stages.answering import answer_all
 from qatbench.stages.common import Progress
-from qatbench.stages.evaluate import EvalSettings, answer_all
 from qatbench.stages.plan import HOW, train_settings
 from qatbench.stages.train import TrainingRun, TrainRequest, train
 from qatbench.stages.train_settings import TrainSettings
@@ -212,13 +212,12 @@ class _Bench:
 
     def _ask(self, run: TrainingRun, fold: int, scratch: Path) -> list[Prediction]:
         task = self.parts[fold][0].task
-        settings = EvalSettings(
-            selectors=(), protocol={task: self.recipe.evaluation.protocol}, mode="options"
-        )
+        protocol = {task: self.recipe.evaluation.protocol}
         run.student.model.eval()
         asked = {f"fold-{fold}": self.parts[fold]}
         partial = scratch / "predictions.jsonl"
-        return answer_all(run.student, settings, asked, partial, self._say("asking")).rows
+        say = self._say("asking")
+        return answer_all(run.student, asked, protocol, "options", partial, say).rows
 
     def _say(self, title: str) -> Progress:
         return lambda what, done, total: self.progress(f"{title}: {what}", done, total)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -86,14 +88,70 @@ def batches(items: Sequence[Item], size: int | None, budget: int) -> list[list[I
     return formed
 
 
-def answer(encoder: Encoder, batch: Sequence[Item]) -> list[Prediction]:
+def distinct(items: Sequence[Item]) -> tuple[list[Item], dict[Key, Item]]:
+    """Items to run, and for every other one the item that is the same to the model.
+
+    Where options are not shown, the passes of a circular question differ in their order alone.
+    """
+    first: dict[Any, Item] = {}
+    run, twins = [], {}
+    for item in items:
+        q = item.question
+        if item.error or item.answers is None or q.group is None:
+            run.append(item)
+            continue
+        prompt, answers = tuple(item.prompt.ids if item.prompt else ()), sorted(item.answers)
+        same = (q.task, q.group, item.protocol.name, prompt, q.image, tuple(map(tuple, answers)))
+        if same in first:
+            twins[item.key] = first[same]
+        else:
+            first[same] = item
+            run.append(item)
+    return run, twins
+
+
+def mirrored(item: Item, twin: Item, row: Prediction) -> Prediction:
+    """The answer of an item from that of its twin: each option has the score that it has there."""
+    assert item.answers is not None
+    assert twin.answers is not None
+    known = zip(twin.answers, (row.scores or {}).values(), strict=True)
+    scores = {tuple(tokens): score for tokens, score in known}
+    return _scored(item, [scores[tuple(tokens)] for tokens in item.answers])
+
+
+def ahead(
+    encoder: Encoder, batches: Iterable[Sequence[Item]]
+) -> Iterator[tuple[Sequence[Item], list[Encoded]]]:
+    """Each batch with its prompts, pixels included, which are made while the one before runs."""
+    waiting: deque[tuple[Sequence[Item], Future[list[Encoded]]]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        for batch in batches:
+            waiting.append((batch, pool.submit(pictured, encoder, batch)))
+            if len(waiting) > 1:
+                first, prompts = waiting.popleft()
+                yield first, prompts.result()
+        for last, prompts in waiting:
+            yield last, prompts.result()
+
+
+def pictured(encoder: Encoder, batch: Sequence[Item]) -> list[Encoded]:
+    """Prompts of a batch with their pixels; none for items in error."""
+    return [_with_pixels(encoder, item) for item in batch if not item.error]
+
+
+def answer(
+    encoder: Encoder, batch: Sequence[Item], prompts: Sequence[Encoded] | None = None
+) -> list[Prediction]:
     """Answer one batch; out of GPU memory, answer its halves.
+
+    `prompts` are those of `pictured`; they are made here if None.
 
     Raises: NumericsError when a score is not finite; PrerequisiteError when a single question
         does not fit into memory.
     """
+    prompts = pictured(encoder, batch) if prompts is None else prompts
     try:
-        return _answer(encoder, batch)
+        return _answer(encoder, batch, prompts)
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise PrerequisiteError(
@@ -102,13 +160,15 @@ def answer(encoder: Encoder, batch: Sequence[Item]) -> list[Prediction]:
             ) from None
         torch.cuda.empty_cache()
     middle = len(batch) // 2
-    return answer(encoder, batch[:middle]) + answer(encoder, batch[middle:])
+    halves = (batch[:middle], prompts[:middle]), (batch[middle:], prompts[middle:])
+    return [row for half in halves for row in answer(encoder, *half)]
 
 
-def _answer(encoder: Encoder, batch: Sequence[Item]) -> list[Prediction]:
+def _answer(
+    encoder: Encoder, batch: Sequence[Item], prompts: Sequence[Encoded]
+) -> list[Prediction]:
     if batch[0].error:
         return [_row(item, status="error", error=item.error) for item in batch]
-    prompts = [_with_pixels(encoder, item) for item in batch]
     if batch[0].answers is not None:
         rows = [OptionRow(p, item.answers or []) for p, item in zip(prompts, batch, strict=True)]
         scores = score_options(encoder.loaded, rows)
@@ -121,6 +181,8 @@ def _with_pixels(encoder: Encoder, item: Item) -> Encoded:
     assert item.prompt is not None
     if item.question.image is None:
         return item.prompt
+    if (pixels := encoder.pixels(item.question.image)) is not None:
+        return replace(item.prompt, pixels=pixels)
     return encoder.prompt(item.protocol.prompt(item.question), item.question.image)
 
 

@@ -7,7 +7,7 @@ images first; its processor expands each image mark to that image's visual token
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from qatbench.vlm.layout import image_token
 from qatbench.vlm.load import Loaded
 
 MAX_PIXELS = 64_000_000
+HELD = 2 << 30  # bytes of encoded pictures an encoder keeps: passes of a question share theirs
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Encoder:
         self.tokenizer = loaded.tokenizer
         self.processor = loaded.processor
         self.image_token = image_token(loaded.folder.config)
+        self._pictures: dict[Picture, tuple[int, dict[str, Tensor]]] = {}  # with their tokens
+        self._room = HELD
         if self.processor is not None and not self._template():
             raise PrerequisiteError(
                 f"{loaded.folder.path} has no chat template",
@@ -119,6 +122,11 @@ class Encoder:
         )
         if not images:
             return self._placed(list(self.tokenizer(rendered).input_ids), rendered, {})
+        mark = self.processor.image_token
+        if len(images) == 1 and images[0] in self._pictures and rendered.count(mark) == 1:
+            tokens, pixels = self._pictures[images[0]]
+            ids = list(self.tokenizer(rendered.replace(mark, mark * tokens)).input_ids)
+            return self._placed(ids, rendered, pixels)
         opened = [open_image(one) for one in images]
         try:
             inputs = self.processor(text=[rendered], images=opened, return_tensors="pt")
@@ -127,7 +135,20 @@ class Encoder:
         ids = inputs.pop("input_ids")[0].tolist()
         for key in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
             inputs.pop(key, None)
+        if len(images) == 1:
+            self._keep(images[0], ids.count(self.image_token), inputs)
         return self._placed(ids, rendered, dict(inputs))
+
+    def pixels(self, image: Picture) -> dict[str, Tensor] | None:
+        """Vision inputs of a picture that was encoded before and is still held."""
+        return self._pictures[image][1] if image in self._pictures else None
+
+    def _keep(self, image: Picture, tokens: int, pixels: Mapping[str, Tensor]) -> None:
+        """Remember an encoded picture while there is room."""
+        size = sum(value.numel() * value.element_size() for value in pixels.values())
+        if size <= self._room:
+            self._pictures[image] = tokens, dict(pixels)
+            self._room -= size
 
     def _placed(self, ids: list[int], text: str, pixels: dict[str, Tensor]) -> Encoded:
         """The prompt with the positions that the model itself gives to its tokens."""

@@ -5,20 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file, save_file
 
 from qatbench import store
 from qatbench.errors import ArtifactError, NumericsError, UsageError
-from qatbench.records import Prediction
+from qatbench.records import Prediction, Question
+from qatbench.stages import answering
 from qatbench.stages import evaluate as stage
+from qatbench.stages.answering import PARTIAL
 from qatbench.stages.common import silent
 from qatbench.stages.compare import compare
-from qatbench.stages.evaluate import PARTIAL, EvalSettings, evaluate
+from qatbench.stages.evaluate import EvalSettings, evaluate
 from qatbench.tasks import scienceqa, selector
 from qatbench.vlm import answer
 from qatbench.vlm.load import ModelFolder, find
@@ -140,11 +145,11 @@ def test_a_missing_image_is_an_error_row_and_counts_as_not_right(
 
 
 def refused(model: ModelFolder, data: dict[str, str], out: Path) -> None:
-    with pytest.raises(ArtifactError, match=f"1 of 12 .*{GONE}") as caught:
+    with pytest.raises(ArtifactError, match=f"1 of 12 .*: 1 x missing image .*{GONE}") as caught:
         run(model, asking(), data, out)
     assert caught.value.exit_code == 4
     assert not (out / "metrics.json").exists()
-    assert not (out / "predictions.jsonl").exists()
+    assert sum(row.status == "error" for row in rows_in(out)) == 1
 
 
 def test_too_many_errors_then_the_image_comes(
@@ -229,9 +234,9 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
     original = answer.answer
 
-    def watched(encoder: Any, batch: Any) -> list[Prediction]:
+    def watched(encoder: Any, batch: Any, prompts: Any = None) -> list[Prediction]:
         asked.extend(item.question.id for item in batch)
-        return original(encoder, batch)
+        return original(encoder, batch, prompts)
 
     monkeypatch.setattr(answer, "answer", watched)
     return asked
@@ -357,3 +362,92 @@ def test_image_controls_change_answers_and_cannot_be_mistaken(
     with pytest.raises(ArtifactError, match="other settings"):
         run(llava, asking(), data, tmp_path / "none", resume=True)
     assert "images" not in store.read_json(whole / store.PROVENANCE)["spec"]
+
+
+# --- workers ------------------------------------------------------------------------------------
+
+
+def test_two_processes_end_with_the_predictions_of_one(
+    llava: ModelFolder, data: dict[str, str], whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "qatbench", "eval", str(llava.path), "--task", "scienceqa:test",
+        "--data", data["scienceqa"], "--out", str(out), "--batch-size", "3", "--device", "cpu",
+        "--jobs", "2", "--json",
+    ]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert (out / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
+    names = {file.name for file in out.iterdir()}
+    assert names == {"predictions.jsonl", "metrics.json", "provenance.json"}
+    before = store.read_json(whole / "provenance.json")["fingerprint"]
+    record = store.read_json(out / "provenance.json")
+    assert record["fingerprint"] == before  # it is the same evaluation
+    assert record["figures"]["processes"] == 2
+
+
+def test_parts_answer_what_is_theirs_and_a_resumed_run_takes_it_over(
+    llava: ModelFolder, data: dict[str, str], whole: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = tmp_path / "run"
+    with pytest.raises(UsageError, match="no evaluation that was begun"):
+        stage.evaluate_part(llava, asking(), data, out, (1, 2), silent)
+
+    def stop(what: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(llava, asking(), data, out, progress=stop)
+    answered = spy(monkeypatch)
+    stage.evaluate_part(llava, asking(), data, out, (2, 2), silent)
+    assert len(answered) == 6
+    half = set(answered)
+    answered.clear()
+    run(llava, asking(), data, out, resume=True)
+    assert half.isdisjoint(answered)
+    assert len(answered) == 6
+    assert (out / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
+
+
+# --- circular questions -------------------------------------------------------------------------
+
+
+def test_passes_that_are_the_same_to_the_model_are_run_once(
+    llava: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where options are not shown: their texts, hence their scores, only change places."""
+    from qatbench.vlm.batch import Encoder
+    from qatbench.vlm.load import load
+
+    texts = ["a bird", "a fish", "coal and iron"]
+    passes = [
+        Question(
+            id=str(7 + k * 1_000_000), task="mmbench", text="Which is alive?", group="7",
+            options=dict(zip("ABC", texts[-k:] + texts[:-k], strict=True)), gold="ABC"[k % 3],
+            circular_pass=k,
+        )
+        for k in range(3)
+    ]  # fmt: skip
+    model = load(llava, device="cpu", dtype=torch.float32)
+    encoder = Encoder(model)
+    apart = answer.items_of(encoder, passes, {"mmbench": "qatbench"}, "options")
+    wanted = [row for item in apart for row in answer.answer(encoder, [item])]
+    answered = spy(monkeypatch)
+    got = answering.answer_all(
+        model, {"mmbench": passes}, {"mmbench": "qatbench"}, "options",
+        tmp_path / "predictions.partial.jsonl", silent,
+    )  # fmt: skip
+    assert answered == ["7"]
+    for row, other in zip(got.rows, wanted, strict=True):
+        assert row.scores == pytest.approx(other.scores, abs=2e-5)  # additions in another order
+        assert row.model_copy(update={"scores": None}) == other.model_copy(update={"scores": None})
+    assert len({row.chosen for row in got.rows}) == 3
+    assert got.now == 3
+    answered.clear()
+    answering.answer_all(
+        model, {"mmbench": passes}, {"mmbench": "vlmevalkit-exact"}, "options",
+        tmp_path / "shown.partial.jsonl", silent,
+    )  # fmt: skip
+    assert len(answered) == 3

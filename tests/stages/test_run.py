@@ -230,9 +230,9 @@ def test_a_fold_is_neither_trained_on_nor_shown_to_the_teacher(
             assert request.settings.weight_decay == 0.0
             super().__init__(request, *rest)
 
-    def spy(loaded, settings, questions, *rest):  # type: ignore[no-untyped-def]
+    def spy(loaded, questions, *rest):  # type: ignore[no-untyped-def]
         asked.append({q.id for part in questions.values() for q in part})
-        return answer(loaded, settings, questions, *rest)
+        return answer(loaded, questions, *rest)
 
     teachers: list[set[str]] = []
     real = module.train

@@ -217,3 +217,31 @@ def test_an_image_of_too_many_pixels_is_refused(side: int) -> None:
     Image.new("1", (side, side)).save(stream, "PNG")
     with pytest.raises(ArtifactError, match="image"):
         open_image(stream.getvalue())
+
+
+def test_a_picture_is_encoded_once_and_gives_the_same_prompt(
+    any_model: Loaded, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not any_model.arch.is_vlm:
+        pytest.skip("a text model")
+    pictured = [q for q in questions(any_model, data) if q.image is not None]
+    opened: list[object] = []
+    plain = batch.open_image
+    monkeypatch.setattr(batch, "open_image", lambda one: opened.append(one) or plain(one))
+    encoder, chosen = Encoder(any_model), protocols.get("llava-sqa")
+    for q in pictured:
+        first = Encoder(any_model).prompt(f"{chosen.prompt(q)} Why?", q.image)
+        encoder.prompt(chosen.prompt(q), q.image)
+        opened.clear()
+        again = encoder.prompt(f"{chosen.prompt(q)} Why?", q.image)
+        assert not opened
+        assert (again.ids, again.text) == (first.ids, first.text)
+        assert again.pixels.keys() == first.pixels.keys()
+        assert all(torch.equal(again.pixels[key], first.pixels[key]) for key in first.pixels)
+        assert torch.equal(again.positions(), first.positions())
+    monkeypatch.setattr(batch, "HELD", 0)
+    without = Encoder(any_model)
+    for _ in range(2):
+        opened.clear()
+        without.prompt("What?", pictured[0].image)
+        assert opened
