@@ -38,6 +38,10 @@ COPIES = {"sft": 5.0, "kd": 8.5, "qat": 5.0, "grace": 10.5}  # fp32 logits in th
 # Bytes a weight at the peak of `quantize --device cpu`, measured on a Llama of 222 million weights:
 # RTN holds the most while it writes and reloads, GPTQ and AWQ while they compare layers.
 ON_CPU = {"rtn": 9.5, "gptq": 17.9, "awq": 21.6, "autoround": 21.6}
+# Beside weights on a GPU, bytes a weight of the widest linear (of a layer for AutoRound). RTN and
+# GPTQ as measured at the widths of Qwen2-VL-2B and LLaVA-1.5-7B; AWQ is taken to be as GPTQ, and of
+# AutoRound six fp32 copies are counted.
+ON_GPU = {"rtn": 16.0, "gptq": 18.0, "awq": 18.0, "autoround": 24.0}
 CHUNK = 1024  # positions whose logits are in fp32 at a time
 
 
@@ -109,16 +113,24 @@ def answering(config: Mapping[str, Any], work: Work) -> Need:
 
 
 def calibrating(config: Mapping[str, Any], work: Work) -> Need:
-    """What `quantize` holds: the model in fp32, on a GPU the library's copy, and the integers.
+    """What `quantize` holds on its device.
 
-    On the CPU the library's own copy, the integers and the reload proof lie in the same memory.
+    On a GPU the model stays in main memory: RTN has one linear there at a time, GPTQ and AWQ the
+    library's fp32 copy of the model beside a linear's statistics, AutoRound what surrounds the
+    layers and a layer that is tuned. On the CPU all of it lies in the same memory.
     """
     counts = count(config)
     if work.device == "cpu":
         return Need({"weights, integers, packing, reload": ON_CPU[work.method] * counts.total})
-    copy = {"the library's copy": 4.0 * counts.total} if work.method != "rtn" else {}
-    held = {"weights": 4.0 * counts.total, "integers": 1.0 * counts.linears}
-    return Need(held | copy)
+    widest = float(max(out * width for out, width in layout.linear_shapes(config).values()))
+    if work.method == "rtn":
+        return Need({"a linear": ON_GPU["rtn"] * widest})
+    if work.method in ("gptq", "awq"):
+        copy = {"the library's copy": 4.0 * counts.total}
+        return Need(copy | {"a linear's statistics": ON_GPU[work.method] * widest})
+    layer = counts.linears / int(layout.text_sizes(config)["num_hidden_layers"])
+    around = 4.0 * (counts.total - counts.linears)
+    return Need({"around the layers": around, "a layer": ON_GPU[work.method] * layer})
 
 
 def writing(config: Mapping[str, Any]) -> float:
