@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qatbench import store
-from qatbench.errors import ArtifactError, NumericsError, UsageError
+from qatbench.errors import ArtifactError, NumericsError, PrerequisiteError, UsageError
 from qatbench.records import Prediction, Question
 from qatbench.stages import answering
 from qatbench.stages import evaluate as stage
@@ -451,3 +451,51 @@ def test_passes_that_are_the_same_to_the_model_are_run_once(
         tmp_path / "shown.partial.jsonl", silent,
     )  # fmt: skip
     assert len(answered) == 3
+
+
+# --- the size of a batch ------------------------------------------------------------------------
+
+
+def test_a_batch_takes_the_memory_that_weights_leave(
+    llava: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 200_000_000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+
+    def tokens(mode: Any = "options", workers: int = 1, dtype: torch.dtype = torch.float32) -> int:
+        return answering.found_tokens(llava, "cuda", dtype, mode, workers)
+
+    sizes = llava.config["text_config"]
+    each = 4 * (4 * sizes["intermediate_size"] + 8 * sizes["hidden_size"])
+    assert tokens() == int(0.6 * (free - llava.weight_bytes()) / each) > answering.ON_CPU
+    assert tokens("generate") < tokens()  # its cache needs room too
+    assert tokens(workers=2) < tokens() / 1.9
+    assert tokens(dtype=torch.bfloat16) > 1.9 * tokens()
+    free = 10**12
+    assert tokens() == answering.AT_MOST
+    free = llava.weight_bytes() * 2 - 1
+    with pytest.raises(PrerequisiteError, match="do not fit into the"):
+        tokens(workers=2)
+    assert answering.found_tokens(llava, "cpu", torch.float32, "options") == answering.ON_CPU
+
+
+def test_a_resumed_run_forms_the_batches_of_the_first(
+    llava: ModelFolder, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    settings = dataclasses.replace(asking(), batch_size=None)
+    longest = 90
+    monkeypatch.setattr(answering, "ON_CPU", 2 * longest)  # two questions a batch
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "Answering" and done >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(llava, settings, data, out, progress=stop)
+    done = len((out / PARTIAL).read_text().splitlines())
+    monkeypatch.setattr(answering, "ON_CPU", 5 * longest)  # more memory than before
+    answered = spy(monkeypatch)
+    record = run(llava, settings, data, out, resume=True)
+    assert len(answered) == 12 - done
+    assert record["figures"]["batch_size"] == f"{2 * longest} padded tokens"
