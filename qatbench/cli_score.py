@@ -42,7 +42,8 @@ def score_command(
     from qatbench.stages.score import score, write
 
     ui = Ui(as_json=as_json)
-    source = data_paths([data], [task])[task] if data else None
+    name = task.partition(":")[0]
+    source = data_paths([data], [name])[name] if data else None
     scored = score(answers, task, protocol, source, split)
     if out is not None:
         write(scored, answers, out)

@@ -84,6 +84,7 @@ class Scored:
             "missing": self.missing,
             "unknown": len(self.matched.unknown),
             "repeated": self.matched.repeated,
+            "other_options": self.matched.other_options,
             "no_gold": self.asked.no_gold,
         }
         if self.asked.pictured:
@@ -139,6 +140,11 @@ class Scored:
             )
         if self.matched.repeated:
             found.append(f"{self.matched.repeated} answers are repeated: the last one counts")
+        if self.matched.other_options:
+            found.append(
+                f"{self.matched.other_options} rows of the answers show other options than the "
+                "data: another version or language? Letters are read against the data's"
+            )
         if self.asked.no_gold:
             found.append(f"{self.asked.no_gold} rows of the data have no gold answer: left out")
         lacking = self._without_metadata() if self.metrics.task == "scienceqa" else {}
@@ -151,12 +157,14 @@ class Scored:
 
 
 def score(path: Path, task: str, protocol: str, data: str | None, split: str | None) -> Scored:
-    """Read, match, extract and count.
+    """Read, match, extract and count; `split` may also stand behind the task, after a colon.
 
     Raises: UsageError for an unknown protocol, task or split; what reading answers and data raises.
     """
     chosen = protocols.get(protocol)
+    task, _, behind = task.partition(":")
     selector.parse(task)
+    split = split or behind or None
     given = answers.read(path)
     asked = score_data.load(task, data, split, given)
     matched = match(given.rows, asked.questions)

@@ -107,12 +107,13 @@ def _from_json(data: bytes, path: Path) -> Answers:
     return _from_objects(value, path, "row")
 
 
-def _lines(text: str, path: Path) -> list[Any]:
-    found = []
+def _lines(text: str, path: Path) -> dict[int, Any]:
+    """Objects by line number."""
+    found = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                found.append(json.loads(line))
+                found[number] = json.loads(line)
             except ValueError as error:
                 raise _bad(path, "line", number, "is not JSON: the file may be cut") from error
     return found
@@ -131,13 +132,14 @@ def _bad(path: Path, unit: str, number: int | str, why: str) -> ArtifactError:
     return ArtifactError(f"{path}, {unit} {number}: {why}", hint="repair or remove this row")
 
 
-def _from_objects(values: Sequence[Any], path: Path, unit: str) -> Answers:
-    first = values[0] if values else None
+def _from_objects(values: Sequence[Any] | Mapping[int, Any], path: Path, unit: str) -> Answers:
+    numbered = values if isinstance(values, Mapping) else dict(enumerate(values, start=1))
+    first = next(iter(numbered.values()), None)
     make = _kind(first) if isinstance(first, Mapping) else None
     if make is None or make is _choice:
         raise UsageError(f"{path} is no file of answers that is known", hint=f"give {FORMS}")
     rows = []
-    for number, value in enumerate(values, start=1):
+    for number, value in numbered.items():
         if not isinstance(value, Mapping):
             raise _bad(path, unit, number, "is not an object")
         try:
@@ -222,6 +224,8 @@ def _lmms(value: Mapping[str, Any], where: str) -> Answer:
 
 def _cells(value: Mapping[str, Any], where: str) -> Answer:
     name = _id(value.get("index"), "index")
+    if not name.isdecimal():
+        raise ValueError("index is not a whole number")
     if "prediction" not in value:
         raise ValueError("prediction is missing")
     own = {key: cell for key, cell in value.items() if key not in ("prediction", "image")}

@@ -19,6 +19,7 @@ class Matched(NamedTuple):
     by_id: dict[str, Answer]  # question id -> the last answer to it
     unknown: list[Answer]  # to questions that are not asked
     repeated: int  # answers that a later one replaces
+    other_options: int  # answers whose rows show other options than the data
 
 
 def match(rows: Sequence[Answer], questions: Sequence[Question]) -> Matched:
@@ -33,13 +34,14 @@ def match(rows: Sequence[Answer], questions: Sequence[Question]) -> Matched:
     known = {question.id: question for question in questions}
     found = _pairs(rows, questions, known)
     by_id: dict[str, Answer] = {}
-    unknown, repeated = [], 0
+    unknown, repeated, other = [], 0, 0
     for name, row in found:
         if name is None or name not in known:
             unknown.append(row)
             continue
         _check_target(row, known[name])
         repeated += name in by_id
+        other += _shows_other_options(row, known[name])
         by_id[name] = row
     if not by_id:
         raise ArtifactError(
@@ -47,7 +49,7 @@ def match(rows: Sequence[Answer], questions: Sequence[Question]) -> Matched:
             f"the first is {rows[0].where}",
             hint="is it the right data and the right --split?",
         )
-    return Matched(by_id, unknown, repeated)
+    return Matched(by_id, unknown, repeated, other)
 
 
 def _pairs(
@@ -79,8 +81,16 @@ def _at(position: int | None, questions: Sequence[Question]) -> str | None:
     return questions[position].id if inside and position is not None else None
 
 
+def _shows_other_options(row: Answer, question: Question) -> bool:
+    """Whether one option differs that both have; writers of tables turn 1 into 1.0."""
+    both = [(row.row[k], text) for k, text in question.options.items() if _there(row.row.get(k))]
+    return any(
+        _plain(mine).removesuffix(".0") != _plain(text).removesuffix(".0") for mine, text in both
+    )
+
+
 def _plain(text: object) -> str:
-    return " ".join(str(text).split()).casefold()
+    return " ".join(str(text).replace("_x000D_", " ").split()).casefold()
 
 
 def _content_of_row(row: Mapping[str, Any]) -> Content | None:

@@ -70,7 +70,11 @@ TABLE = (
     ),
     _LMMS_STATIC,
     _LMMS_OPENAI,
-    replace(_LMMS_OPENAI, name="lmms-mmbench-openai(no API)"),
+    replace(
+        _LMMS_OPENAI,
+        name="lmms-mmbench-openai(no API)",
+        reason="The same as lmms-mmbench-openai, by the name of what happens without an API key.",
+    ),
     _VLMEVALKIT,
     _VLMEVALKIT_2025_08,
     _VLMEVALKIT_2024_03,

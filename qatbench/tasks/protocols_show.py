@@ -31,9 +31,9 @@ def summary(protocol: Protocol) -> dict[str, Any]:
     return {
         "name": protocol.name,
         "reason": protocol.reason,
-        "tasks": " ".join(protocol.tasks),
+        "tasks": list(protocol.tasks),
         "mode": protocol.mode,
-        "tokens": protocol.max_new_tokens,
+        "max_new_tokens": protocol.max_new_tokens,
         "circular": protocol.circular,
         "unit": _unit(protocol),
         "unparsed": protocol.unparsed,
@@ -50,7 +50,6 @@ def _unit(protocol: Protocol) -> str:
 def in_full(protocol: Protocol) -> dict[str, Any]:
     """Everything about one: its texts on the example, and what it reads in some responses."""
     return summary(protocol) | {
-        "tasks": list(protocol.tasks),
         "choices": list(protocol.choices),
         "prompt": protocol.prompt(EXAMPLE),
         "chat": None if protocol.chat is None else protocol.rendered(EXAMPLE),
@@ -72,8 +71,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         found["reason"],
         *(f"- {reason}" for reason in found["choices"]),
         "",
-        f"asked in {found['mode']} mode, up to {found['tokens']} new tokens; a {found['unit']} "
-        "counts once",
+        f"asked in {found['mode']} mode, up to {found['max_new_tokens']} new tokens",
+        f"counted once: a {found['unit']}",
         f"a response without a letter: {found['unparsed']}",
         "",
         "prompt:",
