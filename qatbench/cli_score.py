@@ -113,13 +113,20 @@ def protocols_command(
     if name is None:
         rows = [protocols_show.summary(protocols.get(one)) for one in protocols.names()]
         brief = [
-            {k: str(row[k]) for k in ("name", "tasks", "mode", "tokens", "unit")} for row in rows
+            {
+                "name": row["name"],
+                "tasks": ", ".join(row["tasks"]),
+                "mode": row["mode"],
+                "new tokens": str(row["max_new_tokens"]),
+                "counts": row["unit"],
+            }
+            for row in rows
         ]
-        reasons = [f"{row['name']}: {row['reason']}" for row in rows]
+        told = [line for row in rows for line in protocols_show.reasons(row)]
         ui.result(
-            {"recommended": protocols.names()[0], "protocols": rows},
-            [table("protocols, the recommended one first", brief), "", *reasons,
-             "", protocols_show.COMBINATIONS],
+            {"recommended": rows[0]["name"], "protocols": rows},
+            [table("protocols, the recommended one first", brief), "", *told,
+             protocols_show.COMBINATIONS],
         )  # fmt: skip
         ui.next_command("qatbench protocols qatbench   # one of them in full")
         return

@@ -37,7 +37,14 @@ def summary(protocol: Protocol) -> dict[str, Any]:
         "circular": protocol.circular,
         "unit": _unit(protocol),
         "unparsed": protocol.unparsed,
+        "choices": list(protocol.choices),
     }
+
+
+def reasons(row: dict[str, Any]) -> list[str]:
+    """A `summary` as lines: why it is there, why it is made so, what becomes of other responses."""
+    told = [f"{row['name']}: {row['reason']}", *(f"  - {reason}" for reason in row["choices"])]
+    return [*told, f"  without a letter: {row['unparsed']}"]
 
 
 def _unit(protocol: Protocol) -> str:
@@ -50,7 +57,6 @@ def _unit(protocol: Protocol) -> str:
 def in_full(protocol: Protocol) -> dict[str, Any]:
     """Everything about one: its texts on the example, and what it reads in some responses."""
     return summary(protocol) | {
-        "choices": list(protocol.choices),
         "prompt": protocol.prompt(EXAMPLE),
         "chat": None if protocol.chat is None else protocol.rendered(EXAMPLE),
         "scored": {letter: protocol.continuation(EXAMPLE, letter) for letter in EXAMPLE.options},
