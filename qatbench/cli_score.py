@@ -11,7 +11,7 @@ from qatbench.cli_options import Json, data_paths
 from qatbench.ui import Ui, table
 
 if TYPE_CHECKING:
-    from qatbench.stages.score import Scored
+    from qatbench.stages.score_figures import Scored
 
 Answers = Annotated[
     Path, typer.Argument(help="LLaVA jsonl, {id: index} json, MMBench xlsx, lmms-eval samples ...")
@@ -39,9 +39,10 @@ def score_command(
 
     Example: qatbench score answers.jsonl --task scienceqa --protocol llava-sqa --data DIR
     """
-    from qatbench.stages.score import score, write
+    from qatbench.stages.score import file_of, score, write
 
     ui = Ui(as_json=as_json)
+    answers = file_of(answers)
     name = task.partition(":")[0]
     source = data_paths([data], [name])[name] if data else None
     scored = score(answers, task, protocol, source, split)
@@ -60,7 +61,7 @@ def score_command(
 
 
 def _tables(answers: Path, scored: Scored, figures: dict[str, Any]) -> list[Any]:
-    from qatbench.stages.score import shown
+    from qatbench.stages.score_figures import shown
 
     overall = scored.metrics.overall
     summary = {

@@ -29,6 +29,7 @@ class Asked(NamedTuple):
     part: str  # how it is named in the record, e.g. "scienceqa:test"
     no_gold: int = 0  # rows left out because the data hold no answer to them
     pictured: bool = True  # whether the data tell which questions have an image
+    hinted: bool = True  # and which have a hint
 
 
 def load(task: str, source: str | None, split: str | None, given: Answers) -> Asked:
@@ -46,8 +47,7 @@ def load(task: str, source: str | None, split: str | None, given: Answers) -> As
     elif task == "mmbench" and (table := _table_file(source, chosen.split)) is not None:
         asked = _from_rows(_read(table), given, str(split or "all"), str(table))
     elif task == "scienceqa" and source and (found := _original(Path(source))) is not None:
-        questions, no_gold = _from_problems(found, chosen.split)
-        asked = Asked(questions, str(chosen), no_gold)
+        asked = _from_problems(found, chosen.split)._replace(part=str(chosen))
     else:
         paths = {} if source is None else {task: source}
         return Asked(selector.load(chosen, paths), str(chosen))
@@ -65,8 +65,8 @@ def _original(source: Path) -> Path | None:
     return file if (file := source / "problems.json").is_file() else None
 
 
-def _from_problems(file: Path, split: str) -> tuple[list[Question], int]:
-    """The split as pid_splits.json lists it, else as the rows state it; how many have no answer."""
+def _from_problems(file: Path, split: str) -> Asked:
+    """The split as pid_splits.json lists it; without that file, as the rows themselves state it."""
     problems, listed = _object(file), file.with_name("pid_splits.json")
     name = {"validation": "val"}.get(split, split)
     if listed.is_file():
@@ -84,7 +84,8 @@ def _from_problems(file: Path, split: str) -> tuple[list[Question], int]:
     scored = [question for question in questions if question.gold is not None]
     if not scored:
         raise UsageError(f"split {split} of {file} has no gold answers", hint="name another split")
-    return scored, len(questions) - len(scored)
+    pictured, hinted = (any(key in row for row in rows.values()) for key in ("image", "hint"))
+    return Asked(scored, split, len(questions) - len(scored), pictured, hinted)
 
 
 def _stated(row: object) -> object:
@@ -122,7 +123,7 @@ def _read(file: Path) -> list[dict[str, str]]:
         data = file.read_bytes()
     except OSError as error:
         raise PrerequisiteError(f"cannot read {file}: {error}", hint="check --data") from error
-    return read_xlsx(data, file) if data[:2] == b"PK" else read_text_table(data, file)
+    return read_xlsx(data, file) if data[:4] == b"PK\x03\x04" else read_text_table(data, file)
 
 
 def _from_rows(rows: list[dict[str, Any]], given: Answers, split: str, where: str) -> Asked:

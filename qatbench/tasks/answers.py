@@ -70,7 +70,7 @@ def read(path: Path) -> Answers:
         raise PrerequisiteError(f"no answers at {path}", hint=f"give {FORMS}") from error
     except (OSError, EOFError, zlib.error) as error:
         raise ArtifactError(f"cannot read {path}: {error}", hint="get the file again") from error
-    if data[:2] == b"PK":
+    if data[:4] == b"PK\x03\x04":
         return _from_table(read_xlsx(data, path), path, "table (.xlsx)")
     if data[:4] == b"\xd0\xcf\x11\xe0":
         raise UsageError(f"{path} is an .xls file", hint="save it as .xlsx")
@@ -92,6 +92,8 @@ def _from_json(data: bytes, path: Path) -> Answers:
         raise ArtifactError(f"{path} is not UTF-8: {error}", hint="get the file again") from error
     try:
         value = json.loads(text)
+    except RecursionError as error:
+        raise ArtifactError(f"{path} is nested too deeply", hint=f"give {FORMS}") from error
     except ValueError as error:
         if "\n" not in text.strip():
             raise ArtifactError(f"{path} is not JSON: {error}", hint="it may be cut") from error
@@ -114,7 +116,7 @@ def _lines(text: str, path: Path) -> dict[int, Any]:
         if line.strip():
             try:
                 found[number] = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise _bad(path, "line", number, "is not JSON: the file may be cut") from error
     return found
 
@@ -142,6 +144,8 @@ def _from_objects(values: Sequence[Any] | Mapping[int, Any], path: Path, unit: s
     for number, value in numbered.items():
         if not isinstance(value, Mapping):
             raise _bad(path, unit, number, "is not an object")
+        if make is _ours and value["status"] == "error":
+            continue  # it was not answered
         try:
             rows.append(make(value, f"{path}, {unit} {number}"))
         except ValueError as error:

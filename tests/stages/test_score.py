@@ -127,6 +127,17 @@ def test_llava_counts_a_missing_answer_and_drops_it_from_the_image_part(tmp_path
     assert (other["image"], other["text"]) == (0.5, 0.5)
 
 
+def test_columns_that_the_data_lack_make_no_figures(tmp_path: Path) -> None:
+    file, rows = tmp_path / "a.json", {k: dict(v) for k, v in PROBLEMS.items()}
+    file.write_text(json.dumps({"1": 0, "2": 1}))
+    for row in rows.values():
+        del row["image"], row["hint"]
+    got = score(file, "scienceqa", "grace-sqa", science(tmp_path / "d", rows), None).as_json()
+    assert got["overall"] == 0.5
+    assert "image" not in got
+    assert [got[name] for name in ("NAT", "TXT", "IMG", "NO")] == [1.0, None, None, None]
+
+
 def test_parts_and_splits(tmp_path: Path) -> None:
     file, data = tmp_path / "a.json", science(tmp_path / "d")
     file.write_text(json.dumps({"1": 0, "2": 1, "5": 0}))
@@ -275,6 +286,23 @@ def test_the_command_s_two_outputs(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "a.jsonl").write_text('{"question_id": 1}\n')
     code, _, err = command(capsys, *asked)
     assert (code, "a.jsonl, line 1: text is missing" in err) == (4, True)
+
+
+def test_a_run_of_this_tool_is_scored_as_it_scored_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = science(tmp_path / "d"), tmp_path / "run"
+    run.mkdir()
+    row = {"task": "scienceqa", "choices": ["A", "B", "C"], "gold": "A", "status": "ok"}
+    said = [row | {"id": "1", "chosen": "A", "raw": "B."}, row | {"id": "2", "chosen": "B"}]
+    said.append(row | {"id": "3", "chosen": None, "status": "error"})
+    asked = ("score", run, "--task", "scienceqa", "--data", data, "--json", "--protocol")
+    for file, right in (("predictions.jsonl", 2), ("responses.jsonl", 1)):
+        rows = said if file == "responses.jsonl" else [{**one, "raw": None} for one in said]
+        (run / file).write_text("".join(json.dumps(one) + "\n" for one in rows))
+        _, out, _ = command(capsys, *asked, "lmms-sqa")
+        value = json.loads(out)
+        assert (value["right"], value["missing"], value["unparsed"]) == (right, 2, 0)
 
 
 # --- against the originals ----------------------------------------------------------------------
