@@ -50,7 +50,9 @@ def score(path: Path, task: str, protocol: str, data: str | None, split: str | N
             f"no question of {asked.part} has its first pass (an index below 1000000)",
             hint="give data that hold every pass, or a protocol that counts rows",
         )
-    scored = Scored(chosen, given, asked, matched, rows, _metrics(rows, asked.questions, chosen))
+    mode = "generate" if given.has_responses else "choices"
+    metrics = _metrics(rows, asked.questions, chosen, mode)
+    scored = Scored(chosen, given, asked, matched, rows, metrics)
     groups = _known(scored.metrics.groups, asked)
     if scored.drops:
         groups["modality"] = _by_prompt(rows, matched)
@@ -110,13 +112,11 @@ def prediction(question: Question, answer: Answer | None, protocol: Protocol) ->
 
 
 def _metrics(
-    rows: Sequence[Prediction], questions: Sequence[Question], protocol: Protocol
+    rows: Sequence[Prediction], questions: Sequence[Question], protocol: Protocol, mode: str
 ) -> TaskMetrics:
     """The task's metrics, with ScienceQA's topics and categories, of which there are many."""
     task = rows[0].task
-    (metrics,) = summarize(
-        rows, protocols={task: protocol.name}, mode="generate", seconds=0.0
-    ).tasks
+    (metrics,) = summarize(rows, protocols={task: protocol.name}, mode=mode, seconds=0.0).tasks
     groups = dict(metrics.groups)
     if task == "scienceqa":
         for kind in ("topic", "category"):
