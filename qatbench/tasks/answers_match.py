@@ -124,7 +124,8 @@ def _by_content(
     for question in questions:
         asked[_content(question)].append(question.id)
     given: dict[Content | None, dict[object, list[Answer]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:  # several answers to one row of the data stay together
+    # several answers to one row of the data stay together, in the order of the data
+    for row in sorted(rows, key=lambda row: row.position or 0):
         given[_content_of_row(row.row)][row.id if row.position is None else row.position].append(
             row
         )

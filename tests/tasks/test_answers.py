@@ -306,6 +306,9 @@ def test_row_numbers_of_a_table_are_no_ids(tmp_path: Path) -> None:
 def test_samples_go_by_content_or_by_place(tmp_path: Path) -> None:
     doc = {"question": "Same?", "choices": ["y", "x"]}
     assert matched(tmp_path, {"doc_id": 0, "resps": ["r"], "doc": doc}) == {"43": "r"}
+    twins = {"question": "Same?", "choices": ["x", "y"]}
+    later, first = ({"doc_id": n, "resps": [f"{n}"], "doc": twins} for n in (8, 3))
+    assert matched(tmp_path, later, first) == {"41": "3", "42": "8"}
     by_place = [{"doc_id": 2, "resps": ["r"], "target": "B"}, {"doc_id": 9, "resps": ["s"]}]
     assert matched(tmp_path, *by_place) == {"42": "r"}
     with pytest.raises(ArtifactError, match="its gold answer is B, that of question 41 is A"):

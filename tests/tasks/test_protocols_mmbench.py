@@ -243,6 +243,9 @@ def test_parts_combine_in_any_order() -> None:
     assert extract("vlmevalkit-exact@2024-03", article, ANIMALS) == "A"
     for name in ("vlmevalkit-exact@2024-03+VERBOSE", "vlmevalkit-exact+VERBOSE@2024-03"):
         assert extract(name, article, ANIMALS) == "B"
+    assert extract("vlmevalkit-exact@2024-03+VERBOSE", "B. It barks all day long", ANIMALS) == "B"
+    assert extract("vlmevalkit-exact+VERBOSE", "The answer is dog", ANIMALS) == "D"
+    assert extract("vlmevalkit-exact@2025-08+VERBOSE", "The answer is dog", ANIMALS) == "B"
     assert extract("vlmevalkit-exact-vanilla-via-tsv", "B\r\n", short) == "B"
     assert extract("vlmevalkit-exact-vanilla", "B\r\n", short) is None
     assert not protocols.get("vlmevalkit-exact+VERBOSE-vanilla@2025-08").circular
