@@ -26,8 +26,8 @@ def match(rows: Sequence[Answer], questions: Sequence[Question]) -> Matched:
     """Find the question of every row.
 
     Rows with an id go by it; those of ScienceQA tables and logs, whose ids are not the data set's,
-    by question and options, equal ones in the order of the two files; logged samples that hold no
-    question by their place in the split. A gold answer that the file states has to agree.
+    by question and options, equal ones in the order of the two files; logged samples by their place
+    in the split where that fits, or where they hold no question. A gold answer that the file states has to agree.
 
     Raises: ArtifactError if rows cannot be told apart, none fits or a stated gold answer differs.
     """
@@ -59,6 +59,8 @@ def _pairs(
     told = [row for row in rows if _content_of_row(row.row)]
     named = all(row.id is not None for row in rows)
     circular = questions[0].group is not None  # its ids are the data set's wherever they are
+    if told and all(_in_place(row, questions) for row in rows):
+        return [(_at(row.position, questions), row) for row in rows]
     if not circular and told and not (named and all(_agrees(row, known) for row in told)):
         return _by_content(rows, questions)
     if named:
@@ -77,8 +79,8 @@ def _check_target(row: Answer, question: Question) -> None:
 
 
 def _at(position: int | None, questions: Sequence[Question]) -> str | None:
-    inside = position is not None and 0 <= position < len(questions)
-    return questions[position].id if inside and position is not None else None
+    there = position is not None and 0 <= position < len(questions)
+    return questions[position or 0].id if there else None
 
 
 def _shows_other_options(row: Answer, question: Question) -> bool:
@@ -115,6 +117,12 @@ def _agrees(row: Answer, known: Mapping[str, Question]) -> bool:
     """Whether a row's id names the question that the row holds; it may be a row number."""
     question = known.get(row.id or "")
     return question is not None and _content_of_row(row.row) == _content(question)
+
+
+def _in_place(row: Answer, questions: Sequence[Question]) -> bool:
+    """Whether the question at the row's place is the one that the row holds."""
+    there = row.position is not None and 0 <= row.position < len(questions)
+    return there and _content_of_row(row.row) == _content(questions[row.position or 0])
 
 
 def _by_content(

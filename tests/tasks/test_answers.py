@@ -309,6 +309,8 @@ def test_samples_go_by_content_or_by_place(tmp_path: Path) -> None:
     twins = {"question": "Same?", "choices": ["x", "y"]}
     later, first = ({"doc_id": n, "resps": [f"{n}"], "doc": twins} for n in (8, 3))
     assert matched(tmp_path, later, first) == {"41": "3", "42": "8"}
+    part = {"doc_id": 2, "resps": ["r"], "doc": twins}  # of a log with a limit
+    assert matched(tmp_path, part) == {"42": "r"}
     by_place = [{"doc_id": 2, "resps": ["r"], "target": "B"}, {"doc_id": 9, "resps": ["s"]}]
     assert matched(tmp_path, *by_place) == {"42": "r"}
     with pytest.raises(ArtifactError, match="its gold answer is B, that of question 41 is A"):
