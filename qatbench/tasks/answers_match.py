@@ -27,7 +27,8 @@ def match(rows: Sequence[Answer], questions: Sequence[Question]) -> Matched:
 
     Rows with an id go by it; those of ScienceQA tables and logs, whose ids are not the data set's,
     by question and options, equal ones in the order of the two files; logged samples by their place
-    in the split where that fits, or where they hold no question. A gold answer that the file states has to agree.
+    in the split where that fits, or where they hold no question. A gold answer that the file
+    states has to agree.
 
     Raises: ArtifactError if rows cannot be told apart, none fits or a stated gold answer differs.
     """
@@ -59,7 +60,7 @@ def _pairs(
     told = [row for row in rows if _content_of_row(row.row)]
     named = all(row.id is not None for row in rows)
     circular = questions[0].group is not None  # its ids are the data set's wherever they are
-    if told and all(_in_place(row, questions) for row in rows):
+    if not circular and told and all(_in_place(row, questions) for row in rows):
         return [(_at(row.position, questions), row) for row in rows]
     if not circular and told and not (named and all(_agrees(row, known) for row in told)):
         return _by_content(rows, questions)
