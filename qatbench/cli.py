@@ -37,6 +37,7 @@ from qatbench.cli_options import (
     same_options,
     worker_options,
 )
+from qatbench.cli_score import protocols_command, score_command
 from qatbench.cli_show import (
     comparison_result,
     dry_run_result,
@@ -71,6 +72,8 @@ app.command("verify")(verify_command)
 app.command("card")(card_command)
 app.command("doctor")(doctor_command)
 app.command("eval")(eval_command)
+app.command("score")(score_command)
+app.command("protocols")(protocols_command)
 app.add_typer(mini_app, name="mini")
 
 

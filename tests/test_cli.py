@@ -18,7 +18,10 @@ from qatbench.stages import compare as comparing
 from qatbench.tasks import selector
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("quantize", "train-qat", "verify", "eval", "compare", "run", "tune", "card", "doctor")
+VERBS = (
+    "quantize", "train-qat", "verify", "eval", "compare", "run", "tune", "card", "doctor", "score",
+    "protocols",
+)  # fmt: skip
 WORDS = {
     "quantize": ["MODEL", "--method", "--bits", "--group-size", "--calib", "--out", "--json"],
     "train-qat": ["STUDENT", "--teacher", "--steps", "--lr", "--seed", "--resume", "--save-every"],
@@ -28,6 +31,8 @@ WORDS = {
     "run": ["RECIPE", "--arm", "--limit", "--dry-run", "--device", "--json"],
     "tune": ["RECIPE", "--fold", "--json"],
     "card": ["CHECKPOINT", "RUNS", "--json"],
+    "score": ["ANSWERS", "--task", "--protocol", "--data", "--split", "--out", "--json"],
+    "protocols": ["NAME", "--json"],
     "doctor": ["--model", "--method", "--teacher", "--batch-size", "--length", "--data", "--json"],
 }
 RECIPE = """\

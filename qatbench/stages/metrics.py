@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 from qatbench.records import Accuracy, Metrics, Prediction, TaskMetrics
 from qatbench.stats import wilson
 
 Unit = tuple[Prediction, ...]  # the rows of one question
+SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
+OFFICIAL = (*SUBJECTS.values(), "TXT", "IMG", "NO", "G1-6", "G7-12")  # in the tables' order
 
 
 def summarize(
@@ -23,8 +27,10 @@ def summarize(
     """Accuracy of each task, overall and by groups, with what was not answered.
 
     The rows of a circular question count once: it is right when all of them are. Groups are the
-    modality and, where they are known, the subject; of circular data the two levels of category,
-    as the first pass states them. Unparsed rows, errors and ties are counted by row.
+    modality and, where they are known, the subject and (`official`) the groups of ScienceQA's own
+    table; of circular data the two levels of category, as the first pass states them, and
+    (`counted_as`) the accuracies by the other ways of counting. Unparsed rows, errors and ties are
+    counted by row.
 
     `timed` of the rows were answered in these `seconds` (all if None): the others by a run that
     was cut off, which do not count for questions a second.
@@ -68,6 +74,10 @@ def _task(name: str, rows: Sequence[Prediction], protocol: str, mode: str) -> Ta
         for kind in kinds:
             if meta.get(kind):
                 groups[kind][meta[kind]].append(question)
+        for group in official_groups(meta) if name == "scienceqa" else ():
+            groups["official"][group].append(question)
+    if any("circular_pass" in row.meta for row in rows):
+        groups["counted_as"] = {key: some for key, some in counted_as(rows).items() if some}
     return TaskMetrics(
         task=name,
         protocol=protocol,
@@ -78,6 +88,38 @@ def _task(name: str, rows: Sequence[Prediction], protocol: str, mode: str) -> Ta
         ties=sum(row.tie for row in rows),
         groups={k: {g: accuracy(v) for g, v in sorted(some.items())} for k, some in groups.items()},
     )
+
+
+def official_groups(meta: Mapping[str, Any]) -> list[str]:
+    """Groups of ScienceQA's published tables that a question belongs to, as far as is known.
+
+    TXT has a hint, IMG an image (a question may be in both), NO neither.
+    Source: lupantech/ScienceQA at 2cbf8318, tools/evaluate_acc.py.
+    """
+    found = [SUBJECTS.get(meta.get("subject", ""))]
+    image, hint = bool(meta.get("has_image")), meta.get("has_hint")
+    found += ["TXT" if hint else None, "IMG" if image else None]
+    found += ["NO" if hint is False and not image else None]
+    if match := re.fullmatch(r"grade(\d+)", meta.get("grade", "")):
+        found.append("G1-6" if int(match[1]) <= 6 else "G7-12")
+    return [group for group in found if group]
+
+
+def counted_as(rows: Sequence[Prediction]) -> dict[str, list[Unit]]:
+    """What counts as a question by each way of counting, whatever the protocol's own is.
+
+    `circular`: all passes of a question; `vanilla_pass_0`: its first pass; `all_rows`: every row.
+    """
+    groups = [row.meta.get("group", row.meta.get("pass_of")) for row in rows]
+    joined = [
+        row if group is None else row.model_copy(update={"meta": row.meta | {"group": group}})
+        for row, group in zip(rows, groups, strict=True)
+    ]
+    return {
+        "circular": units(joined),
+        "vanilla_pass_0": [(row,) for row in rows if _pass(row) == 0],
+        "all_rows": [(row,) for row in rows],
+    }
 
 
 def accuracy(questions: Sequence[Unit]) -> Accuracy:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 from qatbench.tasks import extract
 from qatbench.tasks.extract import Options
@@ -149,6 +150,16 @@ def vlmevalkit_2025_08(response: str, options: Options) -> str | None:
 def vlmevalkit_2024_03(response: str, options: Options) -> str | None:
     """VLMEvalKit, 2024-02-04 to 2025-08-03: a letter may stand anywhere in a text of any length."""
     return _vlmevalkit(response, options, anywhere=True)
+
+
+def verbose(match: Extract) -> Extract:
+    """One of the three matchings above with the environment variable VERBOSE."""
+    return partial(
+        _vlmevalkit,
+        sentence=match is vlmevalkit,
+        anywhere=match is vlmevalkit_2024_03,
+        article=True,
+    )
 
 
 def via_tsv(match: Extract) -> Extract:

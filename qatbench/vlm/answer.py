@@ -19,6 +19,7 @@ import torch
 from qatbench.errors import ArtifactError, NumericsError, PrerequisiteError
 from qatbench.records import Prediction, Question
 from qatbench.tasks import protocols
+from qatbench.tasks.answers_meta import meta_of
 from qatbench.tasks.protocols import Protocol
 from qatbench.vlm.batch import Encoded, Encoder
 from qatbench.vlm.generate import generate
@@ -214,20 +215,12 @@ def _extracted(item: Item, text: str) -> Prediction:
 def _row(item: Item, **fields: Any) -> Prediction:
     """A prediction; rows with one `group` count as one question, with one `pass_of` they do not."""
     question = item.question
-    meta = {
-        "subject": question.subject,
-        "category": question.category,
-        "l2_category": question.l2_category,
-        "has_image": question.has_image,
-        "group" if item.protocol.circular else "pass_of": question.group,
-        "circular_pass": question.circular_pass if question.group else None,
-    }
     return Prediction(
         id=question.id,
         task=question.task,
         choices=tuple(question.options),
         gold=question.gold,
-        meta={key: value for key, value in meta.items() if value is not None},
+        meta=meta_of(question, circular=item.protocol.circular),
         **({"chosen": None} | fields),
     )
 

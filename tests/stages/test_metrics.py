@@ -110,6 +110,38 @@ def test_rows_that_are_no_passes_count_alone_with_their_subject() -> None:
     assert task.overall.chance == 0.5
 
 
+def test_the_groups_of_scienceqa_s_own_table() -> None:
+    def asked(name: str, right: bool, **meta: Any) -> Prediction:
+        return row(name, right, **meta).model_copy(update={"task": "scienceqa"})
+
+    rows = [
+        asked("1", True, subject="natural science", grade="grade6", has_hint=True, has_image=True),
+        asked(
+            "2", False, subject="social science", grade="grade7", has_hint=False, has_image=False
+        ),
+        asked("3", True, has_hint=False, has_image=True),
+        asked("4", True, subject="language science", has_image=False),  # a hint is not known of
+    ]
+    official = task_of(rows).groups["official"]
+    assert counts(official) == {
+        "NAT": (1, 1), "SOC": (0, 1), "LAN": (1, 1), "TXT": (1, 1), "IMG": (2, 2), "NO": (0, 1),
+        "G1-6": (1, 1), "G7-12": (0, 1),
+    }  # fmt: skip
+    assert "official" not in task_of([row("1", True, subject="natural science")]).groups
+
+
+@pytest.mark.parametrize("key", ["group", "pass_of"])
+def test_circular_data_are_counted_in_every_way(key: str) -> None:
+    rows = passes("1", True, False, True) + passes("2", True, True) + passes("3", False, True)[1:]
+    metas = [{key: one.meta["group"], "circular_pass": one.meta["circular_pass"]} for one in rows]
+    rows = [r.model_copy(update={"meta": meta}) for r, meta in zip(rows, metas, strict=True)]
+    task = task_of(rows)
+    assert counts(task.groups["counted_as"]) == {
+        "circular": (1, 2), "vanilla_pass_0": (2, 2), "all_rows": (5, 6),
+    }  # fmt: skip
+    assert task.overall == task.groups["counted_as"]["circular" if key == "group" else "all_rows"]
+
+
 # --- a whole evaluation -------------------------------------------------------------------------
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from qatbench.errors import UsageError
 from qatbench.records import LETTERS, Question
-from qatbench.tasks import mmbench, protocols
+from qatbench.tasks import mmbench, protocols, protocols_mmbench
 
 VLMEVALKIT = ["vlmevalkit-exact", "vlmevalkit-exact@2025-08", "vlmevalkit-exact@2024-03"]
 NAMES = ["llava-mmbench", "lmms-mmbench-static", "lmms-mmbench-openai", *VLMEVALKIT]
@@ -41,7 +42,8 @@ def extract(name: str, response: str, options: dict[str, str]) -> str | None:
 def test_the_names_and_what_counts_as_one_question() -> None:
     assert {*NAMES, *AGGREGATES} <= set(protocols.names())
     alone = {name for name in protocols.names() if not protocols.get(name).circular}
-    assert alone == {"grace-mmbench", "vlmevalkit-exact-vanilla"}
+    dated = {f"vlmevalkit-exact-vanilla{date}" for date in ("", "@2025-08", "@2024-03")}
+    assert alone == {"grace-mmbench"} | dated
 
 
 # --- prompts ------------------------------------------------------------------------------------
@@ -222,3 +224,36 @@ def test_llava_prompts_agree_with_the_originals(shared_dir: Path) -> None:
             assert llava.prompt(question) == f"{fixture['prompt']}\n{DIRECTLY}", fixture["id"]
         checked[name[:20]] += 1
     assert checked.total() == 13
+
+
+# --- VLMEvalKit's parts, put together -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in protocols.names() if "vlmevalkit-" in name])
+def test_a_name_of_the_table_is_the_combination_of_its_parts(name: str) -> None:
+    stated, made = protocols.get(name), protocols_mmbench.combined(name)
+    assert made is not None
+    assert (made.name, made.circular) == (name, stated.circular)
+    for response in ("B", "", "A dog is on a mat", "The answer is dog", "B. It barks all day long"):
+        assert made.extract(response, ANIMALS) == stated.extract(response, ANIMALS)
+
+
+def test_parts_combine_in_any_order() -> None:
+    article, short = "A dog is on a mat", {"A": "mat", "B": "bat"}
+    assert extract("vlmevalkit-exact@2024-03", article, ANIMALS) == "A"
+    for name in ("vlmevalkit-exact@2024-03+VERBOSE", "vlmevalkit-exact+VERBOSE@2024-03"):
+        assert extract(name, article, ANIMALS) == "B"
+    assert extract("vlmevalkit-exact@2024-03+VERBOSE", "B. It barks all day long", ANIMALS) == "B"
+    assert extract("vlmevalkit-exact+VERBOSE", "The answer is dog", ANIMALS) == "D"
+    assert extract("vlmevalkit-exact@2025-08+VERBOSE", "The answer is dog", ANIMALS) == "B"
+    assert extract("vlmevalkit-exact-vanilla-via-tsv", "B\r\n", short) == "B"
+    assert extract("vlmevalkit-exact-vanilla", "B\r\n", short) is None
+    assert not protocols.get("vlmevalkit-exact+VERBOSE-vanilla@2025-08").circular
+
+
+@pytest.mark.parametrize(
+    "tail", ["-circular-vanilla", "@2024-03@2025-08", "+VERBOSE+VERBOSE", "-x", "@2024", " "]
+)
+def test_parts_that_do_not_go_together_are_no_name(tail: str) -> None:
+    with pytest.raises(UsageError, match="unknown protocol"):
+        protocols.get(f"vlmevalkit-exact{tail}")
