@@ -114,7 +114,7 @@ def eval_command(
     from qatbench.vlm.load import find
 
     ui = Ui(as_json=as_json)
-    chosen = tuple(selector.parse(text) for text in task)
+    chosen = selector.parse_all(task)
     tasks = [one.task for one in chosen]
     settings = EvalSettings(
         selectors=chosen,
@@ -130,9 +130,8 @@ def eval_command(
         max_errors=max_errors,
     )
     with ui.progress() as progress:
-        evaluate(
-            find(model), settings, data_paths(data, tasks), out, resume=resume, progress=progress
-        )
+        paths = data_paths(data, selector.with_paths(chosen))
+        evaluate(find(model), settings, paths, out, resume=resume, progress=progress)
     evaluation_result(ui, model, out)
 
 
@@ -204,8 +203,8 @@ def run_command(
     if not resume:
         raise UsageError("run always goes on where it stopped", hint="delete its results folder")
     checked = load_recipe(recipe, check_grid, check_name)
-    tasks = sorted({selector.parse(text).task for text in checked.data.questions})
-    paths = data_paths(data, tasks)
+    chosen = [selector.parse(text) for text in checked.data.questions]
+    paths = data_paths(data, sorted(set(selector.with_paths(chosen))))
     if dry_run:
         from qatbench.stages.dry_run import dry_run as look
 
@@ -260,7 +259,7 @@ def tune_command(
     checked = load_recipe(recipe, check_grid, check_name)
     if checked.tuning is None:
         raise UsageError(f"{recipe} has no `tuning` section", hint="see docs/recipes.md")
-    paths = data_paths(data, [selector.parse(checked.tuning.data).task])
+    paths = data_paths(data, selector.with_paths([selector.parse(checked.tuning.data)]))
     with ui.progress() as progress:
         if jobs > 1 and not arm and not fold:
             shared = worker_options(recipe, out, data, device)
