@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
 from qatbench.records import LETTERS, Question
+from qatbench.tasks.parquet import parquet_files, parquet_rows
 from qatbench.tasks.scienceqa import Subset, part
 
 SHAREABLE = False  # third-party texts and images, for research: not passed on with our results
@@ -66,16 +67,36 @@ def load(source: str | Path, split: str, *, subset: Subset = "all") -> list[Ques
         ArtifactError if the data are damaged.
     """
     split = _ALIAS.get(split, split)
+    questions = read(source, split)
+    _check_complete(questions, source, split)
+    return part(questions, source, split, subset)
+
+
+def splits(path: Path) -> list[str]:
+    """The splits that a TSV, a parquet file or a folder of them names; one that names none is dev.
+
+    Raises: ArtifactError if the data are damaged.
+    """
+    if path.is_dir() or path.suffix == ".parquet":
+        files = parquet_files(path, "mmbench") if path.is_dir() else [path]
+        return list(dict.fromkeys(filter(None, map(_named_split, files))))
+    stated = {_ALIAS.get(row.get("split", ""), row.get("split")) for row in read_table(path)}
+    return sorted(filter(None, stated)) or [_named_split(path) or "dev"]
+
+
+def read(source: str | Path, split: str) -> list[Question]:
+    """`load` of all rows, be they answered or not, and whether an index is there twice.
+
+    Raises: as `load`.
+    """
+    split = _ALIAS.get(split, split)
     path = Path(source)
     if path.exists():
         file = _tsv_file(path, split)
-        questions = _from_tsv(file, split) if file else _from_parquet(path, split, source)
-    elif isinstance(source, str) and _HUB_ID.fullmatch(source):
-        questions = _from_parquet(_hub_folder(source, split), split, source)
-    else:
-        raise PrerequisiteError(f"no MMBench data at {source}", hint=_LAYOUT_HINT)
-    _check_complete(questions, source, split)
-    return part(questions, source, split, subset)
+        return _from_tsv(file, split) if file else _from_parquet(path, split, source)
+    if isinstance(source, str) and _HUB_ID.fullmatch(source):
+        return _from_parquet(_hub_folder(source, split), split, source)
+    raise PrerequisiteError(f"no MMBench data at {source}", hint=_LAYOUT_HINT)
 
 
 # --- one row ------------------------------------------------------------------------------------
@@ -178,7 +199,10 @@ def _image(row: Mapping[str, Any], where: str, images: Images) -> bytes | None:
 
 def _check_complete(questions: list[Question], source: str | Path, split: str) -> None:
     if questions and all(question.gold is None for question in questions):
-        raise UsageError(f"split {split} of {source} has no answers", hint="public answers: dev")
+        raise UsageError(
+            f"split {split} of {source} has no answers: it cannot be scored here",
+            hint="public answers: dev, that is --task mmbench:dev",
+        )
     seen: set[str] = set()
     for question in questions:
         where = f"{source}, row with index {question.id}"
@@ -262,8 +286,7 @@ def read_table(
 
 
 def _from_parquet(path: Path, split: str, source: str | Path) -> list[Question]:
-    below = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
-    files = [path] if path.is_file() else below
+    files = [path] if path.is_file() else parquet_files(path, "mmbench")
     if not files:
         raise ArtifactError(f"{source} holds no MMBench data", hint=_LAYOUT_HINT)
     if split not in map(_named_split, files):
@@ -273,18 +296,8 @@ def _from_parquet(path: Path, split: str, source: str | Path) -> list[Question]:
         question({**row, "split": split}, f"{file}, row {n} (index {_index_text(row)})", images)
         for file in files
         if _named_split(file) == split
-        for n, row in enumerate(_parquet_rows(file), start=1)
+        for n, row in enumerate(parquet_rows([file], _LAYOUT_HINT), start=1)
     ]
-
-
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet
-
-    try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ArtifactError(f"cannot read {file}: {error}", hint=_LAYOUT_HINT) from error
 
 
 def _hub_folder(name: str, split: str) -> Path:
