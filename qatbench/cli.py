@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qatbench import __version__
+from qatbench.cli_data import app as data_app
 from qatbench.cli_doctor import doctor_command
 from qatbench.cli_make import card_command, quantize_command
 from qatbench.cli_mini import app as mini_app
@@ -74,6 +75,7 @@ app.command("train-qat")(train_command)
 app.command("verify")(verify_command)
 app.command("card")(card_command)
 app.command("doctor")(doctor_command)
+app.add_typer(data_app, name="data")
 app.add_typer(mini_app, name="mini")
 
 
