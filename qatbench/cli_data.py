@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -53,6 +54,39 @@ def check_command(
     task = str(first.path) if first.task not in ("scienceqa", "mmbench") else first.task
     where = f" --data {first.path}" if task == first.task else ""
     ui.next_command(f"qatbench eval MODEL --task {task}{where} --out RUN")
+
+
+@app.command("fetch")
+def fetch_command(
+    task: Annotated[Literal["scienceqa", "mmbench"], typer.Argument(help="Which benchmark.")],
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Folder to make; default: data/TASK.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", help="Hub id, owner/name[/CONFIGURATION].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Get a benchmark's parquet files from the hub into a folder, and check them.
+
+    Exit 3 when the hub cannot be reached. What was cut off goes on.
+
+    Example: qatbench data fetch mmbench --from lmms-lab/MMBench/cn --to data/mmbench-cn
+    """
+    from qatbench.stages.data import check
+    from qatbench.stages.data_fetch import fetch
+    from qatbench.stages.data_places import HERE, places
+
+    ui = Ui(as_json=as_json)
+    with ui.progress() as progress:
+        folder = fetch(task, source, to or HERE / task, progress=progress)
+        found = check(places([f"{task}={folder}"]), images=False, progress=progress)
+    told = [line for one in found for line in _lines(one)]
+    value = {"folder": str(folder), "places": [_value(one) for one in found]}
+    ui.result(value, [f"wrote {folder}", *told])
+    if any(one.is_wrong for one in found):
+        raise typer.Exit(1)
+    ui.next_command(f"qatbench eval MODEL --task {task} --data {folder} --out RUN")
 
 
 def _task(one: Checked) -> str:

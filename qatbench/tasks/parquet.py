@@ -17,9 +17,11 @@ LAYOUT_HINT = (
     "or a hub id such as derek-thomas/ScienceQA"
 )
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_WHOLE = {"lmms-lab/ScienceQA": "ScienceQA-FULL", "lmms-lab-encoder/ScienceQA": "ScienceQA-FULL"}
+WHOLE = {"lmms-lab/ScienceQA": "ScienceQA-FULL", "lmms-lab-encoder/ScienceQA": "ScienceQA-FULL"}
 _UNUSED = ("lecture", "solution")  # long, and no protocol here shows them
-_SHARD = re.compile(r"(?P<split>.+?)(-\d{5}-of-(?P<total>\d{5}))?\.parquet")
+_SHARD = re.compile(  # older uploads have a hash at the end: test-00000-of-00001-f0e719df791966ff
+    r"(?P<split>.+?)(-\d{5}-of-(?P<total>\d{5})(-[0-9a-f]{16})?)?\.parquet"
+)
 _REACH_TIMEOUT_S = 10.0
 
 
@@ -108,7 +110,7 @@ def hub_splits(name: str) -> dict[str, Any]:
     import datasets
 
     repository, part = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
-    part = part or _WHOLE.get(repository, "")
+    part = part or WHOLE.get(repository, "")
     try:
         loaded = datasets.load_dataset(*filter(None, (repository, part)))
     except Exception as error:

@@ -273,6 +273,17 @@ def test_parquet_shards_are_one_split(tmp_path: Path, below: str) -> None:
     assert "test, train, val" in caught.value.hint
 
 
+def test_shards_of_older_uploads_have_a_hash(tmp_path: Path) -> None:
+    names = ("test-00000-of-00002-f0e719df791966ff", "test-00001-of-00002-1028f23e353fbe3e")
+    for name in names:
+        write_parquet(tmp_path / "data" / f"{name}.parquet", [problem(name, "test")])
+    assert [(q.id, q.text) for q in scienceqa.load(tmp_path, "test")] == [
+        ("test-0", names[0]),
+        ("test-1", names[1]),
+    ]
+    assert scienceqa.splits(tmp_path) == ["test"]
+
+
 def test_one_parquet_file(tmp_path: Path) -> None:
     file = tmp_path / "test-00000-of-00001.parquet"
     write_parquet(file, [problem("q", "test")])
