@@ -44,13 +44,14 @@ def fetch(
     by_hand = f"hf download {repository} --repo-type dataset --include '{patterns[0]}'"
     hint = f"where the hub can be reached: {by_hand} --local-dir {to}; then --data {task}={to}"
     partial = to.with_name(f"{to.name}.partial")
+    try:
+        reach()
+    except PrerequisiteError as error:
+        raise PrerequisiteError(f"cannot fetch {source}: {error.message}", hint=hint) from error
     with store.locked(to):
         try:
-            reach()
             progress(f"Fetching {source}", 0, 0)
             (download or _snapshot)(repository, partial, patterns)
-        except PrerequisiteError as error:
-            raise PrerequisiteError(f"cannot fetch {source}: {error.message}", hint=hint) from error
         except Exception as error:
             told = " ".join(str(error).split())
             raise PrerequisiteError(

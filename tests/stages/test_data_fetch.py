@@ -125,6 +125,7 @@ def test_the_command(
     error, hint = capsys.readouterr().err.splitlines()[-2:]
     assert error.startswith("error: cannot fetch lmms-lab/MMBench: http://127.0.0.1:9 cannot be")
     assert "--include 'en/*.parquet' --local-dir data/mmbench" in hint
+    assert list(tmp_path.iterdir()) == []
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(stage, "_snapshot", Hub(en__dev=BENCH))

@@ -133,6 +133,30 @@ def test_a_source_of_own_questions_is_named_without_its_folder(mine: Path, tmp_p
     assert sources.digest(again.sources) == sources.digest(made.sources)
 
 
+def test_a_recipe_trains_on_own_questions_and_asks_them(
+    qatbench: Any, models: dict[str, ModelFolder], data: dict[str, str], mine: Path
+) -> None:
+    Path("r.yaml").write_text(
+        f"name: own\nstudent: {models['text'].path}\n"
+        f"data: {{train: '{mine}:text', calibration: '{mine}:text', "
+        f"eval: ['{mine}:text', 'scienceqa:test:text'], "
+        f"paths: {{scienceqa: {data['scienceqa']}}}}}\n"
+        f"grid: {{group_size: {tiny.GROUP}}}\n"
+        "training: {steps: 2, batch_size: 2, seeds: [0]}\n"
+        "arms: {base: {kind: base}, rtn: {kind: rtn}, qat: {kind: qat}}\n"
+    )
+    assert qatbench("run", "r.yaml", "--device", "cpu") == 0
+    report = Path("results/own/report.md").read_text(encoding="utf-8")
+    assert report.index("## my") < report.index("## scienceqa")
+    assert (
+        "trained on as a whole were 0 of 0 questions with an image (text and pixels) and 4 of 10"
+        in report
+    )
+    assert "my/t0 = t0" in report
+    assert SECRET not in report
+    assert str(mine.parent) not in report
+
+
 def test_a_recipe_may_name_own_files(mine: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
