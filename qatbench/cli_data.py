@@ -32,7 +32,7 @@ def check_command(
 
     Exit 0: usable for what it is; 1: something is wrong or damaged; 3: nothing is there.
 
-    Example: qatbench data check --data scienceqa=DIR --data dev.tsv
+    Example: qatbench data check --data scienceqa=DIR --data mmbench=dev.tsv
     """
     from qatbench.stages.data import check
     from qatbench.stages.data_places import places

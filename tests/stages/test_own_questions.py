@@ -127,6 +127,8 @@ def test_quantize_and_train_on_own_questions(
 def test_a_source_of_own_questions_is_named_without_its_folder(mine: Path, tmp_path: Path) -> None:
     made = training_sources.load([training_sources.parse(f"{mine}:text@2", None)], {})
     assert [(s.name, len(s.items), s.weight) for s in made.sources] == [("my:all:text", 4, 2.0)]
+    whole = training_sources.parse(f"{mine}@2", None)  # a .jsonl may hold conversations too
+    assert (whole.questions, whole.conversations) == (str(mine), None)
     moved = tmp_path / "elsewhere"
     mine.parent.rename(moved)
     again = training_sources.load([training_sources.parse(f"{moved}/my.jsonl:text", None)], {})
@@ -155,6 +157,18 @@ def test_a_recipe_trains_on_own_questions_and_asks_them(
     assert "my/t0 = t0" in report
     assert SECRET not in report
     assert str(mine.parent) not in report
+
+
+def test_a_recipe_s_files_have_different_names(
+    qatbench: Any, models: dict[str, ModelFolder], mine: Path, capsys: Any
+) -> None:
+    Path("my.jsonl").write_text(mine.read_text())
+    Path("r.yaml").write_text(
+        f"name: own\nstudent: {models['text'].path}\ngrid: {{group_size: {tiny.GROUP}}}\n"
+        f"data: {{eval: ['{mine}:text', 'my.jsonl:text']}}\narms: {{base: {{kind: base}}}}\n"
+    )
+    assert qatbench("run", "r.yaml", "--device", "cpu") == 2
+    assert "would both be the task 'my'" in capsys.readouterr().err
 
 
 def test_a_recipe_may_name_own_files(mine: Path, tmp_path: Path) -> None:

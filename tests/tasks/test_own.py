@@ -103,6 +103,11 @@ def test_own_data_need_no_path_stay_home_and_are_local() -> None:
     assert selector.place("my", {}) == "local files"
 
 
+def test_a_configuration_of_the_hub_is_a_place() -> None:
+    assert selector.place("mmbench", {"mmbench": "lmms-lab/MMBench/cn"}) == "lmms-lab/MMBench/cn"
+    assert selector.place("mmbench", {"mmbench": "./data/MMBench/cn"}) == "local files"
+
+
 # --- JSONL ----------------------------------------------------------------------------------------
 
 
