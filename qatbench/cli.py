@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from qatbench import __version__
+from qatbench.cli_data import app as data_app
 from qatbench.cli_doctor import doctor_command
 from qatbench.cli_eval import eval_command
 from qatbench.cli_make import card_command, quantize_command
@@ -74,6 +75,7 @@ app.command("doctor")(doctor_command)
 app.command("eval")(eval_command)
 app.command("score")(score_command)
 app.command("protocols")(protocols_command)
+app.add_typer(data_app, name="data")
 app.add_typer(mini_app, name="mini")
 
 
@@ -145,8 +147,8 @@ def run_command(
     if not resume:
         raise UsageError("run always goes on where it stopped", hint="delete its results folder")
     checked = load_recipe(recipe, check_grid, check_name)
-    tasks = sorted({selector.parse(text).task for text in checked.data.questions})
-    paths = data_paths(data, tasks)
+    chosen = [selector.parse(text) for text in checked.data.questions]
+    paths = data_paths(data, sorted(set(selector.with_paths(chosen))))
     if dry_run:
         from qatbench.stages.dry_run import dry_run as look
 
@@ -201,7 +203,7 @@ def tune_command(
     checked = load_recipe(recipe, check_grid, check_name)
     if checked.tuning is None:
         raise UsageError(f"{recipe} has no `tuning` section", hint="see docs/recipes.md")
-    paths = data_paths(data, [selector.parse(checked.tuning.data).task])
+    paths = data_paths(data, selector.with_paths([selector.parse(checked.tuning.data)]))
     with ui.progress() as progress:
         if jobs > 1 and not arm and not fold:
             shared = worker_options(recipe, out, data, device)

@@ -75,7 +75,7 @@ def eval_command(
     from qatbench.vlm.load import find
 
     ui = Ui(as_json=as_json)
-    chosen = tuple(selector.parse(text) for text in task)
+    chosen = selector.parse_all(task)
     tasks = [one.task for one in chosen]
     settings = EvalSettings(
         selectors=chosen,
@@ -90,14 +90,14 @@ def eval_command(
         batch_size=batch_size,
         max_errors=max_errors,
     )
-    paths = data_paths(data, tasks)
+    paths = data_paths(data, selector.with_paths(chosen))
     with ui.progress() as progress:
         if part:
             number, _, parts = part.partition("/")
             numbers = int(number), int(parts)
             evaluate_part(find(model), settings, paths, out, numbers, progress)
             return
-        workers = _workers(jobs, model, settings, protocol, data, out)
+        workers = _workers(jobs, model, settings, task, protocol, data, out)
         evaluate(find(model), settings, paths, out, resume=resume, progress=progress, jobs=workers)
     evaluation_result(ui, model, out)
 
@@ -106,6 +106,7 @@ def _workers(
     jobs: int,
     model: str,
     settings: EvalSettings,
+    task: list[str],
     protocol: list[str] | None,
     data: list[str] | None,
     out: Path,
@@ -113,7 +114,7 @@ def _workers(
     """This command line for each of several processes, with the part that it answers."""
     from qatbench.stages.workers import Job
 
-    repeated = [("--task", str(one)) for one in settings.selectors]
+    repeated = [("--task", one) for one in task]
     repeated += [("--protocol", one) for one in protocol or []]
     repeated += [("--data", one) for one in data or []]
     same = same_options(

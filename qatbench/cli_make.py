@@ -36,7 +36,7 @@ def quantize_command(
     bits: Bits = 4,
     group_size: GroupSize = 128,
     layout: LayoutName = "auto",
-    calib: Annotated[str | None, typer.Option(help="TASK:SPLIT[:text|image].")] = None,
+    calib: Annotated[str | None, typer.Option(help="TASK:SPLIT or FILE, [:text|image].")] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     protocol: Annotated[str, typer.Option(help="Form of the calibration prompts.")] = "qatbench",
     limit: Limit = None,
@@ -66,7 +66,7 @@ def quantize_command(
         method, bits, group_size, chosen, min(samples, limit or samples), protocol, seed, device,
         dtype, batch_size, layout, iters,
     )  # fmt: skip
-    paths = data_paths(data, [chosen.task]) if chosen else {}
+    paths = data_paths(data, selector.with_paths([chosen])) if chosen else {}
     with ui.progress() as progress:
         record = quantize(find(model), settings, paths, out, resume=resume, progress=progress)
     checkpoint_result(ui, record, out)

@@ -31,7 +31,12 @@ LayoutName = Annotated[
 ]
 SaveEvery = Annotated[int, typer.Option(min=1, help="Steps between saved states.")]
 Model = Annotated[str, typer.Argument(help="Hub id, folder or built-in name.")]
-Tasks = Annotated[list[str], typer.Option("--task", help="TASK[:SPLIT[:text|image]]. Repeatable.")]
+Tasks = Annotated[
+    list[str],
+    typer.Option(
+        "--task", help="TASK[:SPLIT[:text|image]], or your own FILE[:text|image]. Repeatable."
+    ),
+]
 Protocols = Annotated[list[str] | None, typer.Option("--protocol", help="[TASK=]NAME. Repeatable.")]
 Formats = Annotated[
     list[str] | None,
@@ -57,6 +62,8 @@ def data_paths(data: list[str] | None, tasks: list[str]) -> dict[str, str]:
             paths[name] = path
         elif len(set(tasks)) == 1:
             paths[tasks[0]] = item
+        elif not tasks:
+            raise UsageError(f"--data {item}: no task needs it", hint="a file is its own data")
         else:
             raise UsageError(f"--data {item}: which task?", hint="--data TASK=PATH")
     return paths

@@ -29,7 +29,7 @@ from qatbench.ui import Ui
 
 Train = Annotated[
     list[str],
-    typer.Option("--train", help="TASK:SPLIT[:text|image] or FILE.json, [@WEIGHT]. Repeatable."),
+    typer.Option("--train", help="TASK:SPLIT or FILE, [:text|image][@WEIGHT]. Repeatable."),
 ]
 Images = Annotated[str | None, typer.Option(help="Folder of the images that FILE.json names.")]
 Method = Annotated[Literal["grace", "qat", "kd", "sft"], typer.Option(help="What trains.")]
@@ -144,8 +144,8 @@ def _train(ui: Ui, given: dict[str, Any]) -> None:
     from qatbench.vlm.load import find
 
     specs = [training_sources.parse(text, given["images"]) for text in given["train"]]
-    tasks = [spec.questions.split(":")[0] for spec in specs if spec.questions]
-    paths = data_paths(given["data"], tasks)
+    chosen = [selector.parse(spec.questions) for spec in specs if spec.questions]
+    paths = data_paths(given["data"], selector.with_paths(chosen))
     rows = training_sources.load(specs, paths)
     rows = rows.limited(given["limit"], given["seed"])
     request = stage.TrainRequest(

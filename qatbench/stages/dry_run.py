@@ -63,6 +63,8 @@ def dry_run(
                 units.append(row | _estimate(recipe, arm, config, device, made, limit))
     places = recipe.data.paths | dict(paths)
     absent = [f"{task}: {path}" for task, path in places.items() if not _there(path)]
+    named = {selector.parse(text) for text in recipe.data.questions}
+    absent += sorted(f"{s.task}: {s.file}" for s in named if s.file and not s.file.is_file())
     return {"recipe": recipe.name, "device": device, "units": units, "missing": absent}
 
 

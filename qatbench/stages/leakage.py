@@ -23,8 +23,9 @@ from PIL import Image
 
 from qatbench.errors import QatbenchError, UsageError
 from qatbench.records import Question
+from qatbench.tasks.images import open_rgb
 from qatbench.tasks.sources import Item
-from qatbench.vlm.batch import Picture, open_image
+from qatbench.vlm.batch import Picture
 
 KINDS = ("both", "image", "context", "text")  # of a match, the strongest first
 EXAMPLES = 5  # ids told of each kind
@@ -217,7 +218,7 @@ class _Pixels:
             size = _size(image)
             if only is not None and size not in only:
                 return None
-            content = hashlib.sha256(f"{size}".encode() + open_image(image).tobytes())
+            content = hashlib.sha256(f"{size}".encode() + open_rgb(image).tobytes())
         except (QatbenchError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             self.unreadable.add(image)
             return None

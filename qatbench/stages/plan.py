@@ -70,7 +70,7 @@ class Plan:
         self._calibration: list[Question] | None = None
         self._units: dict[tuple[str, int | None], Unit] = {}
         self.evaluation = EvalSettings(
-            selectors=tuple(selector.parse(text) for text in recipe.data.eval),
+            selectors=selector.parse_all(recipe.data.eval),
             protocol={
                 selector.parse(text).task: recipe.evaluation.protocol for text in recipe.data.eval
             },

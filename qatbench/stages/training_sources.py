@@ -11,7 +11,7 @@ from pathlib import Path
 from qatbench.errors import UsageError
 from qatbench.recipe import SourceSpec
 from qatbench.records import Question
-from qatbench.tasks import conversations, selector
+from qatbench.tasks import conversations, own, selector
 from qatbench.tasks.conversations import Rejected
 from qatbench.tasks.sources import Item, Source
 
@@ -76,8 +76,10 @@ def load(specs: Sequence[SourceSpec], paths: Mapping[str, str]) -> TrainingSet:
     rejected: list[Rejected] = []
     for spec in specs:
         if spec.questions is not None:
-            items: Sequence[Item] = selector.load(selector.parse(spec.questions), paths)
-            sources.append(Source(spec.questions, items, spec.weight))
+            chosen = selector.parse(spec.questions)
+            items: Sequence[Item] = selector.load(chosen, paths)
+            name = spec.questions if chosen.file is None else str(chosen)  # no path of this machine
+            sources.append(Source(name, items, spec.weight))
             continue
         file = Path(str(spec.conversations))
         found = conversations.load(file, Path(spec.images) if spec.images else None)
@@ -87,7 +89,9 @@ def load(specs: Sequence[SourceSpec], paths: Mapping[str, str]) -> TrainingSet:
 
 
 def parse(text: str, images: str | None) -> SourceSpec:
-    """Read `TASK:SPLIT[:text|image][@WEIGHT]` or `FILE.json[@WEIGHT]` of a command line.
+    """Read `TASK:SPLIT[:text|image][@WEIGHT]` or `FILE[:text|image][@WEIGHT]` of a command line.
+
+    A .json or .jsonl holds conversations, unless the first line of a .jsonl is a question.
 
     Raises: UsageError for a weight that is no number above 0.
     """
@@ -98,6 +102,6 @@ def parse(text: str, images: str | None) -> SourceSpec:
         share = 0.0
     if not 0 < share < float("inf"):
         raise UsageError(f"--train {text}: the weight is {weight!r}", hint="SOURCE@2.5, say")
-    if what.endswith((".json", ".jsonl")):
+    if what.endswith((".json", ".jsonl")) and not own.holds_questions(Path(what)):
         return SourceSpec(conversations=what, images=images, weight=share)
     return SourceSpec(questions=what, weight=share)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
 from qatbench.records import LETTERS, Question
+from qatbench.tasks.parquet import parquet_files, parquet_rows
 from qatbench.tasks.scienceqa import Subset, part
 
 SHAREABLE = False  # third-party texts and images, for research: not passed on with our results
@@ -29,11 +30,16 @@ _LAYOUT_HINT = (
 )
 
 
-class _Images(NamedTuple):
+class Images(NamedTuple):
     """Where a row's image may come from besides its own cell."""
 
     cells: Mapping[str, Any]  # image cell by row index, of the whole file
     held: dict[bytes, bytes]  # each different image once: files repeat them in every pass
+
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, Any]]) -> Images:
+        """The image cells of a file's rows."""
+        return cls({_index_text(row): row.get("image") for row in rows}, {})
 
 
 def from_row(row: Mapping[str, Any]) -> Question:
@@ -45,7 +51,7 @@ def from_row(row: Mapping[str, Any]) -> Question:
     Raises: ArtifactError if a cell is missing or unusable, or the image is that of another row; it
         names row and column, and holds no text of the row.
     """
-    return _question(row, f"MMBench row {_index_text(row)}", _Images({}, {}))
+    return question(row, f"MMBench row {_index_text(row)}", Images({}, {}))
 
 
 def load(source: str | Path, split: str, *, subset: Subset = "all") -> list[Question]:
@@ -61,22 +67,43 @@ def load(source: str | Path, split: str, *, subset: Subset = "all") -> list[Ques
         ArtifactError if the data are damaged.
     """
     split = _ALIAS.get(split, split)
+    questions = read(source, split)
+    _check_complete(questions, source, split)
+    return part(questions, source, split, subset)
+
+
+def splits(path: Path) -> list[str]:
+    """The splits that a TSV, a parquet file or a folder of them names; one that names none is dev.
+
+    Raises: ArtifactError if the data are damaged.
+    """
+    if path.is_dir() or path.suffix == ".parquet":
+        files = parquet_files(path, "mmbench") if path.is_dir() else [path]
+        return list(dict.fromkeys(filter(None, map(_named_split, files))))
+    stated = {_ALIAS.get(row.get("split", ""), row.get("split")) for row in read_table(path)}
+    return sorted(filter(None, stated)) or [_named_split(path) or "dev"]
+
+
+def read(source: str | Path, split: str) -> list[Question]:
+    """`load` of all rows, be they answered or not, and whether an index is there twice.
+
+    Raises: as `load`.
+    """
+    split = _ALIAS.get(split, split)
     path = Path(source)
     if path.exists():
         file = _tsv_file(path, split)
-        questions = _from_tsv(file, split) if file else _from_parquet(path, split, source)
-    elif isinstance(source, str) and _HUB_ID.fullmatch(source):
-        questions = _from_parquet(_hub_folder(source, split), split, source)
-    else:
-        raise PrerequisiteError(f"no MMBench data at {source}", hint=_LAYOUT_HINT)
-    _check_complete(questions, source, split)
-    return part(questions, source, split, subset)
+        return _from_tsv(file, split) if file else _from_parquet(path, split, source)
+    if isinstance(source, str) and _HUB_ID.fullmatch(source):
+        return _from_parquet(_hub_folder(source, split), split, source)
+    raise PrerequisiteError(f"no MMBench data at {source}", hint=_LAYOUT_HINT)
 
 
 # --- one row ------------------------------------------------------------------------------------
 
 
-def _question(row: Mapping[str, Any], where: str, images: _Images) -> Question:
+def question(row: Mapping[str, Any], where: str, images: Images) -> Question:
+    """`from_row`, with what messages call the row, and the images of its file."""
     index = _index(row, where)
     if (text := _cell(row, "question", where)) is None:
         raise _bad(where, "question", "is missing")
@@ -143,7 +170,7 @@ def _options(row: Mapping[str, Any], where: str) -> dict[str, str]:
     return present
 
 
-def _image(row: Mapping[str, Any], where: str, images: _Images) -> bytes | None:
+def _image(row: Mapping[str, Any], where: str, images: Images) -> bytes | None:
     """Find the encoded image; an empty cell is a question without one."""
     cell = row.get("image")
     if isinstance(cell, str) and 0 < len(cell) <= _LONGEST_INDEX:
@@ -172,7 +199,10 @@ def _image(row: Mapping[str, Any], where: str, images: _Images) -> bytes | None:
 
 def _check_complete(questions: list[Question], source: str | Path, split: str) -> None:
     if questions and all(question.gold is None for question in questions):
-        raise UsageError(f"split {split} of {source} has no answers", hint="public answers: dev")
+        raise UsageError(
+            f"split {split} of {source} has no answers: it cannot be scored here",
+            hint="public answers: dev, that is --task mmbench:dev",
+        )
     seen: set[str] = set()
     for question in questions:
         where = f"{source}, row with index {question.id}"
@@ -213,32 +243,38 @@ def _tsv_file(path: Path, split: str) -> Path | None:
 
 
 def _from_tsv(file: Path, split: str) -> list[Question]:
-    rows = _read_tsv(file)
+    rows = read_table(file)
     stated = [_ALIAS.get(row.get("split", ""), row.get("split")) for row in rows]
     if not any(stated):  # a file that names no split is the one that is asked for
         stated = [_named_split(file) or split] * len(rows)
     if split not in stated:
         raise _no_split(file, split, stated)
-    images = _Images({_index_text(row): row.get("image") for row in rows}, {})
+    images = Images.of(rows)
     questions = []
     for n, (row, its_split) in enumerate(zip(rows, stated, strict=True), start=1):
         where = f"{file}, row {n} (index {_index_text(row)})"
         if not its_split:
             raise _bad(where, "split", "is missing: the row may be cut")
         if its_split == split:
-            questions.append(_question(row, where, images))
+            questions.append(question(row, where, images))
     return questions
 
 
-def _read_tsv(file: Path) -> list[dict[str, str]]:
-    """Rows as pandas splits them, but every cell as its text: "NA" is an option, not a gap."""
+def read_table(
+    file: Path, needed: Sequence[str] = ("index", "question", "A", "B")
+) -> list[dict[str, str]]:
+    """Rows of a TSV or CSV as pandas splits them, but every cell as its text: "NA" is an option.
+
+    Raises: ArtifactError when it cannot be read, or lacks a column that is needed.
+    """
     import pandas
 
+    separator = "," if file.suffix == ".csv" else "\t"
     try:
-        table = pandas.read_csv(file, sep="\t", dtype=str, na_filter=False)
+        table = pandas.read_csv(file, sep=separator, dtype=str, na_filter=False)
     except (OSError, ValueError) as error:  # the parser's and the decoder's are ValueErrors
         raise ArtifactError(f"cannot read {file}: {_one_line(error)}", hint=_LAYOUT_HINT) from error
-    absent = [name for name in ("index", "question", "A", "B") if name not in table.columns]
+    absent = [name for name in needed if name not in table.columns]
     if absent:
         raise ArtifactError(f"{file} has no column {absent[0]}", hint=_LAYOUT_HINT)
     if not isinstance(table.index, pandas.RangeIndex):  # pandas made row names of the first cells
@@ -250,29 +286,18 @@ def _read_tsv(file: Path) -> list[dict[str, str]]:
 
 
 def _from_parquet(path: Path, split: str, source: str | Path) -> list[Question]:
-    below = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
-    files = [path] if path.is_file() else below
+    files = [path] if path.is_file() else parquet_files(path, "mmbench")
     if not files:
         raise ArtifactError(f"{source} holds no MMBench data", hint=_LAYOUT_HINT)
     if split not in map(_named_split, files):
         raise _no_split(source, split, map(_named_split, files))
-    images = _Images({}, {})
+    images = Images({}, {})
     return [
-        _question({**row, "split": split}, f"{file}, row {n} (index {_index_text(row)})", images)
+        question({**row, "split": split}, f"{file}, row {n} (index {_index_text(row)})", images)
         for file in files
         if _named_split(file) == split
-        for n, row in enumerate(_parquet_rows(file), start=1)
+        for n, row in enumerate(parquet_rows([file], _LAYOUT_HINT), start=1)
     ]
-
-
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet
-
-    try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ArtifactError(f"cannot read {file}: {error}", hint=_LAYOUT_HINT) from error
 
 
 def _hub_folder(name: str, split: str) -> Path:

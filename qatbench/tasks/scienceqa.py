@@ -2,36 +2,31 @@
 
 Three sources hold the same rows: the original layout (`problems.json`, `pid_splits.json`,
 `images/{split}/{pid}/image.png`), parquet files in the Hugging Face schema, and a hub id
-("owner/name"). The last two have no pid column; there an id is "{split}-{row index}".
+("owner/name[/CONFIGURATION]"; of lmms-lab's ScienceQA-FULL if none is named). The last two have
+no pid column; there an id is "{split}-{row index}".
 """
 
 from __future__ import annotations
 
 import json
-import re
-import urllib.error
-import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
 from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
 from qatbench.records import LETTERS, Question
+from qatbench.tasks.parquet import (
+    ALIAS,
+    HUB_ID,
+    LAYOUT_HINT,
+    hub_splits,
+    parquet_splits,
+)
 
 SHAREABLE = False  # CC BY-NC-SA 4.0: its texts and images may not be passed on with our results
 
 Subset = Literal["all", "text", "image"]
-
-_ALIAS = {"validation": "val"}  # the hub's name -> the original one
-_UNUSED = ("lecture", "solution")  # long, and no protocol here shows them
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SHARD = re.compile(r"(?P<split>.+?)(-\d{5}-of-(?P<total>\d{5}))?\.parquet")
-_REACH_TIMEOUT_S = 10.0
-_LAYOUT_HINT = (
-    "give a folder with problems.json, pid_splits.json and images/, a folder of parquet files, "
-    "or a hub id such as derek-thomas/ScienceQA"
-)
 
 
 def from_row(row: Mapping[str, Any], *, pid: str, image_root: Path | None = None) -> Question:
@@ -73,18 +68,35 @@ def load(source: str | Path, split: str, *, subset: Subset = "all") -> list[Ques
         if there is no such split or none of its questions is in `subset`; ArtifactError if the
         data are damaged.
     """
-    split = _ALIAS.get(split, split)
-    path = Path(source)
-    if (path / "problems.json").is_file():
-        questions = _from_original(path, split)
-    elif path.exists():
-        questions = _from_splits(_parquet_splits(path), split, source)
-    elif isinstance(source, str) and _HUB_ID.fullmatch(source):
-        questions = _from_splits(_hub_splits(source), split, source)
-    else:
-        raise PrerequisiteError(f"no ScienceQA data at {source}", hint=_LAYOUT_HINT)
+    questions = read(source, split)
     _check_complete(questions, source)
     return part(questions, source, split, subset)
+
+
+def splits(folder: Path) -> list[str]:
+    """The splits that local data name, in their order.
+
+    Raises: ArtifactError if they are damaged.
+    """
+    if (folder / "problems.json").is_file():
+        return [ALIAS.get(name, name) for name in _json(folder / "pid_splits.json")]
+    return list(parquet_splits(folder))
+
+
+def read(source: str | Path, split: str) -> list[Question]:
+    """`load` of all questions, be they answered or not, and whether an id is there twice.
+
+    Raises: as `load`.
+    """
+    split = ALIAS.get(split, split)
+    path = Path(source)
+    if (path / "problems.json").is_file():
+        return _from_original(path, split)
+    if path.exists():
+        return _from_splits(parquet_splits(path), split, source)
+    if isinstance(source, str) and HUB_ID.fullmatch(source):
+        return _from_splits(hub_splits(source), split, source)
+    raise PrerequisiteError(f"no ScienceQA data at {source}", hint=LAYOUT_HINT)
 
 
 def part(
@@ -203,9 +215,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"cannot read {path}: {error}", hint=_LAYOUT_HINT) from error
+        raise ArtifactError(f"cannot read {path}: {error}", hint=LAYOUT_HINT) from error
     if not isinstance(value, dict):
-        raise ArtifactError(f"{path} is not a JSON object", hint=_LAYOUT_HINT)
+        raise ArtifactError(f"{path} is not a JSON object", hint=LAYOUT_HINT)
     return value
 
 
@@ -213,8 +225,8 @@ def _from_original(folder: Path, split: str) -> list[Question]:
     problems, splits = _json(folder / "problems.json"), _json(folder / "pid_splits.json")
     images = folder / "images"  # may be absent: text questions and scoring do not need it
     if images.exists() and not images.is_dir():
-        raise ArtifactError(f"{images} is not a folder", hint=_LAYOUT_HINT)
-    splits = {_ALIAS.get(name, name): pids for name, pids in splits.items()}
+        raise ArtifactError(f"{images} is not a folder", hint=LAYOUT_HINT)
+    splits = {ALIAS.get(name, name): pids for name, pids in splits.items()}
     pids: list[str] = []
     for part in _parts(splits, split, folder):
         if not isinstance(splits[part], list) or not all(isinstance(p, str) for p in splits[part]):
@@ -237,71 +249,3 @@ def _from_splits(
         for part in _parts(splits, split, source)
         for index, row in enumerate(splits[part])
     ]
-
-
-def _parquet_splits(source: Path) -> dict[str, Iterator[dict[str, Any]]]:
-    """Rows by split of a parquet file, or of the shards in a folder; read when iterated."""
-    if source.is_dir():
-        files = sorted(source.glob("*.parquet")) or sorted(source.glob("data/*.parquet"))
-    else:
-        files = [source]
-    shards: dict[str, list[Path]] = {}
-    totals: dict[str, int] = {}
-    for file in files:
-        if match := _SHARD.fullmatch(file.name):
-            name = _ALIAS.get(match["split"], match["split"])
-            shards.setdefault(name, []).append(file)
-            totals[name] = int(match["total"] or 1)
-    if not shards:
-        raise ArtifactError(f"{source} holds no ScienceQA data", hint=_LAYOUT_HINT)
-    for name, found in shards.items():
-        if len(found) != totals[name]:
-            raise ArtifactError(
-                f"{source}: split {name} has {len(found)} of its {totals[name]} parquet files",
-                hint="row indices name the questions: all files of a split are needed",
-            )
-    return {name: _parquet_rows(found) for name, found in shards.items()}
-
-
-def _parquet_rows(files: list[Path]) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    for file in files:
-        try:
-            table = pyarrow.parquet.ParquetFile(file)
-            columns = [name for name in table.schema_arrow.names if name not in _UNUSED]
-            for batch in table.iter_batches(batch_size=256, columns=columns):
-                yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ArtifactError(f"cannot read {file}: {error}", hint=_LAYOUT_HINT) from error
-
-
-def _hub_splits(name: str) -> dict[str, Any]:
-    """Rows by split of a hub data set, downloaded or from its cache."""
-    from huggingface_hub import constants
-
-    hint = "check the network, set HF_HUB_OFFLINE=1 to use a cached copy, or " + _LAYOUT_HINT
-    if not constants.HF_HUB_OFFLINE:  # the client retries for long: ask once, briefly, before
-        try:
-            urllib.request.urlopen(constants.ENDPOINT, timeout=_REACH_TIMEOUT_S).close()
-        except urllib.error.HTTPError:
-            pass  # it answers; load_dataset knows better what the answer means
-        except OSError as error:
-            raise PrerequisiteError(
-                f"no data at {name}, and {constants.ENDPOINT} cannot be reached: {error}", hint=hint
-            ) from error
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(name)
-    except Exception as error:
-        raise PrerequisiteError(
-            f"cannot load {name} from the hub: {type(error).__name__}: {error}", hint=hint
-        ) from error
-    splits = {}
-    for split, rows in loaded.items():
-        if isinstance(rows.features.get("image"), datasets.Image):  # keep the encoded bytes
-            rows = rows.cast_column("image", datasets.Image(decode=False))
-        splits[_ALIAS.get(split, split)] = rows
-    return splits

@@ -1,4 +1,7 @@
-"""Which questions to ask: `TASK:SPLIT[:SUBSET]` and data paths -> questions; limits and folds."""
+"""Which questions to ask -> questions; limits and folds.
+
+`TASK:SPLIT[:SUBSET]` is a part of a known data set, `FILE.jsonl[:SUBSET]` a user's own questions.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from typing import Any, cast, get_args
 
 from qatbench.errors import UsageError
 from qatbench.records import Question
-from qatbench.tasks import mmbench, scienceqa
+from qatbench.tasks import mmbench, own, scienceqa
 from qatbench.tasks.scienceqa import Subset
 
 BUILT_IN = ("mini", "mini-text")  # data paths that are drawn by qatbench.mini
@@ -37,11 +40,15 @@ TASKS: dict[str, Task] = {
 
 @dataclass(frozen=True)
 class Selector:
-    """One task's questions: a split, and whether those with or without an image."""
+    """One task's questions: a split, and whether those with or without an image.
+
+    `file` holds a user's own; records name them by task, split and subset, as all others.
+    """
 
     task: str
     split: str = "test"
     subset: Subset = "all"
+    file: Path | None = None
 
     def __str__(self) -> str:
         tail = "" if self.subset == "all" else f":{self.subset}"
@@ -49,34 +56,94 @@ class Selector:
 
 
 def parse(text: str) -> Selector:
-    """Read `TASK[:SPLIT[:all|text|image]]`; the split not given is the one the task is scored on.
+    """Read `TASK[:SPLIT[:all|text|image]]` or `FILE[:all|text|image]`.
+
+    The split not given is the one the task is scored on. A file ends in .jsonl, .tsv or .csv, or is
+    there; the task it makes is called by its stem.
 
     Raises: UsageError on another form, an unknown task or an unknown subset.
     """
+    if (own_file := _own(text)) is not None:
+        return own_file
     task, *rest = text.split(":")
     if task not in TASKS:
-        raise UsageError(f"unknown task {task!r} in {text!r}", hint=f"tasks: {', '.join(TASKS)}")
+        raise UsageError(
+            f"unknown task {task!r} in {text!r}",
+            hint=f"tasks: {', '.join(TASKS)}, or a file of your own: FILE.jsonl, .tsv or .csv",
+        )
     if len(rest) > 2 or not all(part and part == part.strip() for part in rest):
         raise UsageError(
             f"{text!r} does not name questions", hint=f"write {task}:SPLIT[:all|text|image]"
         )
     split, subset = (*rest, *(TASKS[task].default_split, "all")[len(rest) :])
+    return Selector(task, split, _subset(subset, text))
+
+
+def parse_all(texts: Iterable[str]) -> tuple[Selector, ...]:
+    """Read several; each task name stands for one set of data.
+
+    Raises: UsageError as `parse`, and when two files give one task name, or one text stands twice.
+    """
+    chosen = tuple(parse(text) for text in texts)
+    for i, one in enumerate(chosen):
+        for other in chosen[:i]:
+            if one.task == other.task and one.file != other.file:
+                raise UsageError(
+                    f"{one.file} and {other.file} would both be the task {one.task!r}",
+                    hint="rename one of the files",
+                )
+            if str(one) == str(other):
+                raise UsageError(f"{one} is asked for twice", hint="name it once")
+    return chosen
+
+
+def with_paths(selectors: Iterable[Selector]) -> list[str]:
+    """The tasks whose data lie where `--data` says, or in their usual place."""
+    return [selector.task for selector in selectors if selector.file is None]
+
+
+def _subset(subset: str, text: str) -> Subset:
     if subset not in get_args(Subset):
         raise UsageError(
             f"unknown subset {subset!r} in {text!r}", hint=f"subsets: {', '.join(get_args(Subset))}"
         )
-    return Selector(task, split, cast("Subset", subset))
+    return cast("Subset", subset)
+
+
+def _own(text: str) -> Selector | None:
+    """The selector of a user's own file; None if the text does not name one."""
+    if text.split(":")[0] in TASKS:
+        return None
+    path, sign, subset = text.rpartition(":")
+    if not sign or _is_file(text):
+        path, subset = text, "all"
+    if not _is_file(path):
+        return None
+    file = Path(path)
+    task = own.name_of(file)
+    if task in TASKS:
+        raise UsageError(
+            f"{file} would be a second task {task!r}",
+            hint=f"rename it, or if it holds that benchmark: --task {task} --data {file}",
+        )
+    return Selector(task, own.SPLIT, _subset(subset, text), file)
+
+
+def _is_file(path: str) -> bool:
+    return Path(path).suffix in own.SUFFIXES or Path(path).is_file()
 
 
 def load(selector: Selector, paths: Mapping[str, str]) -> list[Question]:
     """Load the questions a selector names.
 
     `paths` says where a task's data are: one of BUILT_IN, or what the task's own
-    `load` takes. A task that is not in it is loaded from its usual place.
+    `load` takes. A task that is not in it is loaded from its usual place, a file from itself.
 
     Raises: UsageError if the task has no usual place and no path was given, and what its loader
         raises.
     """
+    if selector.file is not None:
+        return own.load(selector.file, subset=selector.subset)
     task = TASKS[selector.task]
     source: str | Path | None = paths.get(selector.task, task.default_source)
     if source is None:
@@ -90,14 +157,19 @@ def load(selector: Selector, paths: Mapping[str, str]) -> list[Question]:
 
 
 def shareable(task: str, source: str | None) -> bool:
-    """Whether questions, options and images of `task` from `source` may be published."""
-    return source in BUILT_IN or TASKS[task].shareable
+    """Whether questions, options and images of `task` from `source` may be published.
+
+    A user's own may not: what may happen to them is not known.
+    """
+    return task in TASKS and (source in BUILT_IN or TASKS[task].shareable)
 
 
 def place(task: str, paths: Mapping[str, str]) -> str:
     """Where a task's data come from, for the record: built in, a hub id, or `local files`."""
+    if task not in TASKS:
+        return "local files"
     source = str(paths.get(task, TASKS[task].default_source))
-    named = source.count("/") == 1 and not source.startswith((".", "/", "~"))
+    named = source.count("/") in (1, 2) and not source.startswith((".", "/", "~"))
     return source if source in BUILT_IN or (named and not Path(source).exists()) else "local files"
 
 

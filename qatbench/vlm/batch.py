@@ -6,7 +6,6 @@ images first; its processor expands each image mark to that image's visual token
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
+from qatbench.tasks.images import open_rgb
 from qatbench.vlm.layout import image_token
 from qatbench.vlm.load import Loaded
 
-MAX_PIXELS = 64_000_000
 HELD = 2 << 30  # bytes of encoded pictures an encoder keeps: passes of a question share theirs
 
 
@@ -57,25 +55,6 @@ class Encoded:
 
 
 Picture = Path | bytes
-
-
-def open_image(image: Picture) -> Image.Image:
-    """Decode an image to RGB.
-
-    Raises: PrerequisiteError when the file is missing; ArtifactError when it cannot be decoded
-        or has more than 64 million pixels.
-    """
-    if isinstance(image, Path) and not image.exists():
-        raise PrerequisiteError(f"missing image {image.parent.name}/{image.name}")
-    try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                size = f"{opened.width} x {opened.height}"
-                raise ArtifactError(f"an image of {size} pixels is too large")
-            return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Not the library's own words: they hold the file's whole path.
-        raise ArtifactError(f"image cannot be decoded: {type(error).__name__}") from error
 
 
 class Encoder:
@@ -127,7 +106,7 @@ class Encoder:
             tokens, pixels = self._pictures[images[0]]
             ids = list(self.tokenizer(rendered.replace(mark, mark * tokens)).input_ids)
             return self._placed(ids, rendered, pixels)
-        opened = [open_image(one) for one in images]
+        opened = [open_rgb(one) for one in images]
         try:
             inputs = self.processor(text=[rendered], images=opened, return_tensors="pt")
         except ValueError as error:  # Qwen's: more than 200 times as long as wide

@@ -149,8 +149,8 @@ def test_an_image_is_decoded_once_and_only_if_its_size_is_asked_for(
     picture(1).save(tmp_path / "same.png")
     picture(1, (50, 50)).save(tmp_path / "other.png")
     decoded: list[Any] = []
-    real = stage.open_image
-    monkeypatch.setattr(stage, "open_image", lambda image: decoded.append(image) or real(image))
+    real = stage.open_rgb
+    monkeypatch.setattr(stage, "open_rgb", lambda image: decoded.append(image) or real(image))
     train = [question(str(i), "?", image=tmp_path / f"{('same', 'other')[i % 2]}.png")
              for i in range(10)]  # fmt: skip
     asked = [question("e", "!", image=encoded(1))]

@@ -309,6 +309,34 @@ def test_parquet_in_the_hub_s_schema(tmp_path: Path, below: str) -> None:
         mmbench.load(tmp_path, "dev")
 
 
+def test_configurations_of_a_snapshot(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "cn", 4)
+    assert [q.id for q in mmbench.load(tmp_path, "dev")] == ["4"]
+    write_parquet(tmp_path / "en", 5)
+    with pytest.raises(UsageError, match="several configurations: cn, en") as caught:
+        mmbench.load(tmp_path, "dev")
+    assert caught.value.hint.endswith(f"--data mmbench={tmp_path / 'cn'}")
+    assert [q.id for q in mmbench.load(tmp_path / "en", "dev")] == ["5"]
+
+
+@pytest.mark.parametrize("text", ["None", "NA", "N/A", "null", "NULL", "#N/A"])
+def test_every_text_of_a_parquet_cell_but_nan_is_kept(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "dev-00000-of-00001.parquet"
+    cells = {"index": 1, "question": "q", "hint": "nan", "A": text, "B": "y", "C": "nan"}
+    pq.write_table(pa.Table.from_pylist([cells | {"answer": "A", "L2-category": "x"}]), file)
+    (got,) = mmbench.load(tmp_path, "dev")
+    assert (got.options, got.hint) == ({"A": text, "B": "y"}, "")
+
+
+def test_splits_and_rows_without_answers_can_be_looked_at(tmp_path: Path) -> None:
+    rows = [line(1), line(5, split="test", answer=""), line(5, split="test", answer="")]
+    file = write(tmp_path / "x.tsv", rows)
+    assert mmbench.splits(file) == ["dev", "test"]
+    assert [(q.id, q.gold) for q in mmbench.read(file, "test")] == [("5", None), ("5", None)]
+    write_parquet(tmp_path / "p", 4)
+    assert mmbench.splits(tmp_path / "p") == ["dev"]
+
+
 @pytest.mark.parametrize(("source", "part"), [("a/b", "en"), ("a/b/cn", "cn")])
 def test_the_hub_is_asked_for_one_split_of_one_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, part: str

@@ -273,6 +273,17 @@ def test_parquet_shards_are_one_split(tmp_path: Path, below: str) -> None:
     assert "test, train, val" in caught.value.hint
 
 
+def test_shards_of_older_uploads_have_a_hash(tmp_path: Path) -> None:
+    names = ("test-00000-of-00002-f0e719df791966ff", "test-00001-of-00002-1028f23e353fbe3e")
+    for name in names:
+        write_parquet(tmp_path / "data" / f"{name}.parquet", [problem(name, "test")])
+    assert [(q.id, q.text) for q in scienceqa.load(tmp_path, "test")] == [
+        ("test-0", names[0]),
+        ("test-1", names[1]),
+    ]
+    assert scienceqa.splits(tmp_path) == ["test"]
+
+
 def test_one_parquet_file(tmp_path: Path) -> None:
     file = tmp_path / "test-00000-of-00001.parquet"
     write_parquet(file, [problem("q", "test")])
@@ -317,6 +328,52 @@ def test_hub_rows_keep_their_encoded_images(monkeypatch: pytest.MonkeyPatch) -> 
     got = scienceqa.load("owner/name", "val")
 
     assert [(q.id, q.image) for q in got] == [("val-0", png()), ("val-1", None)]
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("derek-thomas/ScienceQA", ("derek-thomas/ScienceQA",)),
+        ("lmms-lab/ScienceQA", ("lmms-lab/ScienceQA", "ScienceQA-FULL")),
+        ("lmms-lab-encoder/ScienceQA", ("lmms-lab-encoder/ScienceQA", "ScienceQA-FULL")),
+        ("lmms-lab/ScienceQA/ScienceQA-IMG", ("lmms-lab/ScienceQA", "ScienceQA-IMG")),
+    ],
+)
+def test_a_hub_id_may_name_a_configuration(
+    monkeypatch: pytest.MonkeyPatch, source: str, asked: tuple[str, ...]
+) -> None:
+    import datasets
+    from huggingface_hub import constants
+
+    def fake(*names: str) -> Any:
+        assert names == asked
+        row = {k: v for k, v in problem("q", "test").items() if k not in ("split", "image")}
+        return {"test": datasets.Dataset.from_list([row])}
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    assert [q.id for q in scienceqa.load(source, "test")] == ["test-0"]
+
+
+def test_configurations_of_a_snapshot(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "ScienceQA-IMG/test-00000-of-00001.parquet", [problem("i", "test")])
+    assert [q.text for q in scienceqa.load(tmp_path, "test")] == ["i"]
+    write_parquet(tmp_path / "ScienceQA-FULL/test-00000-of-00001.parquet", [problem("f", "test")])
+    with pytest.raises(UsageError, match="configurations: ScienceQA-FULL, ScienceQA-IMG") as caught:
+        scienceqa.load(tmp_path, "test")
+    assert caught.value.hint.endswith(f"--data scienceqa={tmp_path / 'ScienceQA-FULL'}")
+    assert [q.text for q in scienceqa.load(tmp_path / "ScienceQA-IMG", "test")] == ["i"]
+
+
+@pytest.mark.parametrize("text", ["nan", "None", "NA", "N/A", "null", "NULL", "#N/A"])
+def test_every_text_of_a_choice_is_kept(original: Path, tmp_path: Path, text: str) -> None:
+    row = problem(text, "test", choices=[text, "x"], answer=0, hint=text)
+    write_parquet(tmp_path / "p" / "test.parquet", [row])
+    (original / "problems.json").write_text(json.dumps({"3": row}))
+    (original / "pid_splits.json").write_text(json.dumps({"test": ["3"]}))
+    for source in (tmp_path / "p", original):
+        (got,) = scienceqa.load(source, "test")
+        assert (got.text, got.options, got.hint) == (text, {"A": text, "B": "x"}, text)
 
 
 def test_what_the_hub_client_raises_is_a_missing_prerequisite(

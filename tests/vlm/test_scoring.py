@@ -15,8 +15,9 @@ from torch import Tensor
 from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
 from qatbench.records import Question
 from qatbench.tasks import protocols, scienceqa
+from qatbench.tasks.images import open_rgb
 from qatbench.vlm import answer, batch
-from qatbench.vlm.batch import Encoded, Encoder, open_image
+from qatbench.vlm.batch import Encoded, Encoder
 from qatbench.vlm.generate import generate
 from qatbench.vlm.load import Loaded
 from qatbench.vlm.scoring import OptionRow, score_options
@@ -204,10 +205,10 @@ def test_damaged_and_huge_images_name_no_path(tmp_path: Path) -> None:
     torn.parent.mkdir(parents=True)
     torn.write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     with pytest.raises(ArtifactError) as caught:
-        open_image(torn)
+        open_rgb(torn)
     assert "secret-folder" not in caught.value.message
     with pytest.raises(PrerequisiteError) as missing:
-        open_image(torn.parent / "absent.png")
+        open_rgb(torn.parent / "absent.png")
     assert "secret-folder" not in missing.value.message
 
 
@@ -216,7 +217,7 @@ def test_an_image_of_too_many_pixels_is_refused(side: int) -> None:
     stream = io.BytesIO()
     Image.new("1", (side, side)).save(stream, "PNG")
     with pytest.raises(ArtifactError, match="image"):
-        open_image(stream.getvalue())
+        open_rgb(stream.getvalue())
 
 
 def test_a_picture_is_encoded_once_and_gives_the_same_prompt(
@@ -226,8 +227,8 @@ def test_a_picture_is_encoded_once_and_gives_the_same_prompt(
         pytest.skip("a text model")
     pictured = [q for q in questions(any_model, data) if q.image is not None]
     opened: list[object] = []
-    plain = batch.open_image
-    monkeypatch.setattr(batch, "open_image", lambda one: opened.append(one) or plain(one))
+    plain = batch.open_rgb
+    monkeypatch.setattr(batch, "open_rgb", lambda one: opened.append(one) or plain(one))
     encoder, chosen = Encoder(any_model), protocols.get("llava-sqa")
     for q in pictured:
         first = Encoder(any_model).prompt(f"{chosen.prompt(q)} Why?", q.image)

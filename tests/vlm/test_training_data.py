@@ -16,8 +16,8 @@ from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
 from qatbench.records import Question
 from qatbench.stages.objective import look
 from qatbench.tasks.conversations import Conversation, Turn
+from qatbench.tasks.images import open_rgb
 from qatbench.tasks.sources import Source
-from qatbench.vlm.batch import open_image
 from qatbench.vlm.load import Loaded
 from qatbench.vlm.training import Row, TrainingData
 
@@ -114,7 +114,7 @@ def test_qwen_supervises_answers_with_the_end_of_its_template(
     messages[0]["content"][:0] = [{"type": "image"}] * 3
     whole = qwen_vlm.processor.apply_chat_template(messages, tokenize=False)  # type: ignore[union-attr]
     inputs = qwen_vlm.processor(  # type: ignore[misc]
-        text=[whole], images=[open_image(p) for p in pictures], return_tensors="pt"
+        text=[whole], images=[open_rgb(p) for p in pictures], return_tensors="pt"
     )
     length = len(row)  # the library's own tokens, without the newline after the last end
     assert inputs["input_ids"][0, :length].tolist() == row.ids
