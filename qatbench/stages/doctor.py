@@ -152,8 +152,7 @@ def _data(paths: Mapping[str, str]) -> Iterator[Row]:
         check = f"data {task}"
         if path in selector.BUILT_IN:
             continue
-        elsewhere = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-        if elsewhere and not Path(path).exists():
+        if selector.on_the_hub(path):
             yield Row(check, "ok", f"{path} is looked up on the hub when it is used")
             continue
         rows, why = _splits(task, path)

@@ -69,8 +69,7 @@ def dry_run(
 
 
 def _there(path: str) -> bool:
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    return path in selector.BUILT_IN or not looks_local or Path(path).exists()
+    return path in selector.BUILT_IN or selector.on_the_hub(path) or Path(path).exists()
 
 
 def _estimate(

@@ -276,9 +276,11 @@ def _kernel(settings: EvalSettings, model: ModelFolder) -> str:
 def _refuse_images(model: ModelFolder, asked: Mapping[str, Sequence[Question]]) -> None:
     for name, rows in asked.items():
         if not model.arch.is_vlm and any(question.has_image for question in rows):
+            task = name.split(":")[0]
+            text = f"{task}:test:text" if task in selector.TASKS else "FILE:text"
             raise UsageError(
                 f"{model.name} is a text model, but {name} holds questions with images",
-                hint=f"pick the text subset, e.g. {name.split(':')[0]}:test:text",
+                hint=f"pick the text subset, e.g. {text}",
             )
 
 

@@ -59,7 +59,11 @@ class TrainRequest:
         """Base, teacher, sources and seed, for the record and the model card."""
         given = sources.given(self.questions)
         data = [
-            {"name": s.name, "n": len(s.items), "place": self.places.get(s.name.split(":")[0])}
+            {
+                "name": s.name,
+                "n": len(s.items),
+                "place": self.places.get(s.name.split(":")[0], "local files"),
+            }
             | ({"weight": s.weight} if len(given) > 1 else {})
             for s in given
         ]

@@ -169,8 +169,13 @@ def place(task: str, paths: Mapping[str, str]) -> str:
     if task not in TASKS:
         return "local files"
     source = str(paths.get(task, TASKS[task].default_source))
+    return source if source in BUILT_IN or on_the_hub(source) else "local files"
+
+
+def on_the_hub(source: str) -> bool:
+    """Whether a source is a hub id ("owner/name[/CONFIG]") and not a path that exists."""
     named = source.count("/") in (1, 2) and not source.startswith((".", "/", "~"))
-    return source if source in BUILT_IN or (named and not Path(source).exists()) else "local files"
+    return named and not Path(source).exists()
 
 
 def places(paths: Mapping[str, str]) -> dict[str, str]:
