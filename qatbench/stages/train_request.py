@@ -59,11 +59,7 @@ class TrainRequest:
         """Base, teacher, sources and seed, for the record and the model card."""
         given = sources.given(self.questions)
         data = [
-            {
-                "name": s.name,
-                "n": len(s.items),
-                "place": self.places.get(s.name.split(":")[0], "local files"),
-            }
+            {"name": s.name, "n": len(s.items), "place": self.places.get(s.name.split(":")[0])}
             | ({"weight": s.weight} if len(given) > 1 else {})
             for s in given
         ]
