@@ -91,8 +91,8 @@ def _other_kind(file: Path) -> UsageError:
     if '"conversations"' in start:
         return UsageError(
             f"{file} holds conversations, in which hint, question and options are one text",
-            hint="of LLaVA's ScienceQA file: --task scienceqa:test --protocol llava-sqa puts the "
-            "same prompts; to train: --train FILE.json",
+            hint="LLaVA's ScienceQA file: --task scienceqa:test --data FILE.json; "
+            "to train: --train FILE.json",
         )
     return UsageError(f"{file} is no {', '.join(SUFFIXES)} file", hint=_HINT)
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, SupportsIndex
 
 from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
 from qatbench.records import LETTERS, Question
+from qatbench.tasks import llava_questions
 from qatbench.tasks.parquet import (
     ALIAS,
     HUB_ID,
@@ -59,10 +60,11 @@ def from_row(row: Mapping[str, Any], *, pid: str, image_root: Path | None = None
 def load(source: str | Path, split: str, *, subset: Subset = "all") -> list[Question]:
     """Read one split, in the order of its file.
 
-    `source` is a folder in the original layout, a parquet file or a folder of them (directly or
-    under data/), or a hub id; what exists as a path is not looked up on the hub. `val` and
-    `validation` are one split; `trainval` is train, then val, where it is not stored. `subset`
-    keeps all questions, those without an image, or those with one (its file may be missing).
+    `source` is a folder in the original layout, LLaVA's question file (.json), a parquet file or a
+    folder of them (directly or under data/), or a hub id; what exists as a path is not looked up
+    on the hub. `val` and `validation` are one split; `trainval` is train, then val, where it is
+    not stored. `subset` keeps all questions, those without an image, or those with one (its file
+    may be missing).
 
     Raises: PrerequisiteError if nothing is at `source` or the hub cannot be reached; UsageError
         if there is no such split or none of its questions is in `subset`; ArtifactError if the
@@ -92,6 +94,8 @@ def read(source: str | Path, split: str) -> list[Question]:
     path = Path(source)
     if (path / "problems.json").is_file():
         return _from_original(path, split)
+    if path.suffix == ".json" and path.is_file():
+        return llava_questions.read(path, split)
     if path.exists():
         return _from_splits(parquet_splits(path), split, source)
     if isinstance(source, str) and HUB_ID.fullmatch(source):

@@ -221,7 +221,7 @@ def test_llava_s_question_files_are_told_from_questions(tmp_path: Path) -> None:
     file.write_text(json.dumps([{"id": "4", "conversations": said}]))
     with pytest.raises(UsageError, match="holds conversations") as caught:
         selector.load(selector.parse(str(file)), {})
-    assert "--task scienceqa:test --protocol llava-sqa" in caught.value.hint
+    assert "--task scienceqa:test --data FILE.json" in caught.value.hint
     lines = write(tmp_path / "talks.jsonl", {"id": "4", "conversations": said})
     assert not own.holds_questions(lines)
     assert own.holds_questions(write(tmp_path / "my.jsonl", row()))
