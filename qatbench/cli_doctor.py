@@ -63,7 +63,10 @@ def doctor_command(
 
 
 def _task_of(text: str) -> tuple[str, str]:
-    """[TASK=]PATH: a TSV, or a folder with one, is MMBench unless it is said otherwise."""
+    """[TASK=]PATH: a TSV, or a folder with one, is MMBench unless it is said otherwise.
+
+    A .jsonl or .csv file is a task of the user's own, called by its stem.
+    """
     from qatbench.tasks.selector import TASKS
 
     name, sign, path = text.partition("=")
@@ -72,5 +75,7 @@ def _task_of(text: str) -> tuple[str, str]:
     if sign:
         return name, path
     place = Path(text)
+    if place.suffix in (".jsonl", ".csv"):
+        return place.stem, text
     table = place.suffix == ".tsv" or (place.is_dir() and any(place.glob("*.tsv")))
     return ("mmbench" if table else "scienceqa"), text

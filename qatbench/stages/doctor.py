@@ -177,9 +177,10 @@ def _splits(task: str, path: str) -> tuple[dict[str, list[Question]], QatbenchEr
     """Rows of every split that can be read, and the first error."""
     rows: dict[str, list[Question]] = {}
     first: QatbenchError | None = None
-    for split in SPLITS[task]:
+    for split in SPLITS.get(task, ("all",)):
+        own = None if task in SPLITS else Path(path)
         try:
-            rows[split] = selector.load(selector.Selector(task, split), {task: path})
+            rows[split] = selector.load(selector.Selector(task, split, file=own), {task: path})
         except QatbenchError as error:
             first = first or error
         except Exception as error:  # noqa: BLE001 - pandas or pyarrow may be the broken package

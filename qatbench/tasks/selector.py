@@ -175,7 +175,7 @@ def place(task: str, paths: Mapping[str, str]) -> str:
 def on_the_hub(source: str) -> bool:
     """Whether a source is a hub id ("owner/name[/CONFIG]") and not a path that exists."""
     named = source.count("/") in (1, 2) and not source.startswith((".", "/", "~"))
-    return named and not Path(source).exists()
+    return named and not source.endswith(own.SUFFIXES) and not Path(source).exists()
 
 
 def places(paths: Mapping[str, str]) -> dict[str, str]:

@@ -548,6 +548,24 @@ def test_data_are_read_and_counted(look: Look, tmp_path: Path) -> None:
     assert "data scienceqa" not in look(data={"scienceqa": "mini"})
 
 
+def test_a_user_s_own_questions_are_data_too(
+    look: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qatbench.cli_doctor import _task_of
+
+    file = tmp_path / "my.jsonl"
+    file.write_text('{"question": "Which?", "options": ["x", "y"], "answer": "A"}\n')
+    task, path = _task_of(str(file))
+    row = look(data={task: path})["data my"]
+    assert (row.state, row.found) == ("ok", "1 rows (all 1), 0 with an image")
+    file.write_text('{"question": "Which?"}\n')
+    row = look(data={task: path})["data my"]
+    assert row.state == "failure"
+    assert "line 1" in row.found
+    monkeypatch.chdir(tmp_path)
+    assert look(data={"my": "gone/my.jsonl"})["data my"].state == "failure"  # no hub id
+
+
 def test_damaged_and_missing_built_in_models(
     look: Look, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
