@@ -39,7 +39,7 @@ from qatbench.stages.common import silent  # noqa: E402
 from qatbench.tasks import protocols, selector  # noqa: E402
 from qatbench.vlm import load as models  # noqa: E402
 from qatbench.vlm.answer import Mode  # noqa: E402
-from qatbench.vlm.batch import Encoded, Encoder, pixel_batch  # noqa: E402
+from qatbench.vlm.batch import Encoded, Encoder, arithmetic, pixel_batch  # noqa: E402
 from qatbench.vlm.load import Loaded  # noqa: E402
 
 PROTOCOL, NEW, TOKENS = "grace-sqa", 8, 656  # that protocol writes at most 8 tokens
@@ -49,11 +49,10 @@ SIDE = 336
 def loop(loaded: Loaded, questions: Sequence[Question]) -> list[tuple[str | None, list[int]]]:
     """One question at a time through the plain model's generate: (letter, tokens)."""
     how, found = protocols.get(PROTOCOL), []
-    dtype = next(p.dtype for p in loaded.model.parameters() if p.is_floating_point())
     for question in questions:
         prompt = Encoder(loaded).prompt(how.prompt(question), question.image)
         inputs = prompt.inputs() | {"attention_mask": torch.ones(1, len(prompt)).long()}
-        inputs |= pixel_batch([prompt], loaded.device, dtype)
+        inputs |= pixel_batch([prompt], loaded.device, arithmetic(loaded.model))
         inputs = {key: value.to(loaded.device) for key, value in inputs.items()}
         with torch.inference_mode():
             out = loaded.model.generate(
@@ -103,8 +102,8 @@ def flips(alone: Sequence[Prediction], batched: Sequence[Prediction]) -> dict[st
 @torch.inference_mode()
 def gap(loaded: Loaded, prompt: Encoded, before: Sequence[int]) -> float:
     """Best logit minus second best after a prompt and the tokens that both texts share."""
-    dtype = next(p.dtype for p in loaded.model.parameters() if p.is_floating_point())
-    inputs = prompt.inputs(list(before)) | pixel_batch([prompt], loaded.device, dtype)
+    pixels = pixel_batch([prompt], loaded.device, arithmetic(loaded.model))
+    inputs = prompt.inputs(list(before)) | pixels
     inputs = {key: value.to(loaded.device) for key, value in inputs.items()}
     best, second = loaded.model(**inputs).logits[0, -1].float().topk(2).values.tolist()
     return round(best - second, 4)

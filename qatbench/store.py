@@ -17,7 +17,7 @@ import platform
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -111,6 +111,11 @@ def prediction_lines(path: Path) -> list[bytes]:
         raise ArtifactError(
             f"cannot read {path}: {reason}", hint="delete its folder and evaluate again"
         ) from error
+
+
+def as_lines(rows: Iterable[Prediction]) -> str:
+    """Predictions as the lines of a file."""
+    return "".join(row.model_dump_json() + "\n" for row in rows)
 
 
 def read_predictions(path: Path, *, torn_tail: bool = False) -> list[Prediction]:

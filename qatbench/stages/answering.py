@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +12,7 @@ from qatbench import store
 from qatbench.errors import PrerequisiteError
 from qatbench.records import Prediction, Question
 from qatbench.stages.common import Progress
-from qatbench.vlm import answer as answering
-from qatbench.vlm import layout
+from qatbench.vlm import answer, layout
 from qatbench.vlm.answer import Item, Key, Mode
 from qatbench.vlm.batch import Encoder
 from qatbench.vlm.load import Loaded, ModelFolder
@@ -67,21 +66,21 @@ def answer_all(
     encoder = Encoder(loaded)
     progress("Reading the questions", 0, 0)
     questions = [question for rows in asked.values() for question in rows]
-    items = answering.items_of(encoder, questions, protocol, mode)
-    run, twins = answering.distinct(items)
+    items = answer.items_of(encoder, questions, protocol, mode)
+    run, twins = answer.distinct(items)
     number, parts = batching.part
-    batches = answering.batches(run, batching.size, batching.tokens)[number - 1 :: parts]
+    batches = answer.batches(run, batching.size, batching.tokens)[number - 1 :: parts]
     total = sum(map(len, batches))
     done = _whole_batches(collected(partial), batches)
     kept = set(done)
     own = batching.file(partial)
-    store.write_text(own, lines(done.values()))
+    store.write_text(own, store.as_lines(done.values()))
     todo = [batch for batch in batches if batch[0].key not in done]
     with own.open("a", encoding="utf-8") as stream:
-        for batch, prompts in answering.ahead(encoder, todo):
-            rows = answering.answer(encoder, batch, prompts)
+        for batch, prompts in answer.ahead(encoder, todo):
+            rows = answer.answer(encoder, batch, prompts)
             done |= {(row.task, row.id): row for row in rows}
-            stream.write(lines(rows))
+            stream.write(store.as_lines(rows))
             stream.flush()
             progress("Answering", len(done), total)
     found, now = [], 0
@@ -89,7 +88,7 @@ def answer_all(
         twin = twins.get(item.key, item)
         if twin.key in done:
             row = done[twin.key]
-            found.append(row if twin is item else answering.mirrored(item, twin, row))
+            found.append(row if twin is item else answer.mirrored(item, twin, row))
             now += twin.key not in kept
     return Answered(found, now)
 
@@ -134,8 +133,3 @@ def _whole_batches(
         if all(item.key in found for item in batch):
             done |= {item.key: found[item.key] for item in batch}
     return done
-
-
-def lines(rows: Iterable[Prediction]) -> str:
-    """Predictions as the lines of a file."""
-    return "".join(row.model_dump_json(exclude_none=False) + "\n" for row in rows)

@@ -70,8 +70,8 @@ def _found(path: str, only: str | None) -> list[Place]:
     known = path not in selector.BUILT_IN
     folder = Path(path) if known else import_module("qatbench.mini").folder(path)
     if not folder.exists():
-        hub = path.count("/") in (1, 2) and not path.startswith((".", "/", "~"))
-        why = f"{path} is not here" + (f"; if it is a hub id, {_FETCH}" if hub else "")
+        hint = f"; if it is a hub id, {_FETCH}" if selector.on_the_hub(path) else ""
+        why = f"{path} is not here{hint}"
         return [Place(only or "data", folder, path, known, absent=why)]
     inside = [Place(task, at, path, known and not _drawn(at)) for task, at in _looked(folder)]
     if not inside:

@@ -10,7 +10,6 @@ from pathlib import Path
 from qatbench import store
 from qatbench.errors import ArtifactError
 from qatbench.records import Prediction
-from qatbench.stages.answering import lines
 from qatbench.tasks import selector
 
 
@@ -45,6 +44,6 @@ def write_predictions(rows: Sequence[Prediction], out: Path, paths: Mapping[str,
         else:
             kept.append(row.model_copy(update={"raw": None}))
     if kept != list(rows):
-        store.write_text(out / "responses.jsonl", lines(rows))
-    store.write_text(out / "predictions.jsonl", lines(kept))
+        store.write_text(out / "responses.jsonl", store.as_lines(rows))
+    store.write_text(out / "predictions.jsonl", store.as_lines(kept))
     (out / "predictions.jsonl.gz").unlink(missing_ok=True)  # of an earlier answer

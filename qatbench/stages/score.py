@@ -159,8 +159,7 @@ def write(scored: Scored, path: Path, out: Path) -> dict[str, Any]:
     }
     folder = store.RunFolder(out, "score", spec)
     folder.begin(resume=True)
-    lines = "".join(row.model_dump_json() + "\n" for row in scored.rows)
-    store.write_text(out / "predictions.jsonl", lines)
+    store.write_text(out / "predictions.jsonl", store.as_lines(scored.rows))
     metrics = Metrics(tasks=(scored.metrics,), seconds=0.0, questions_per_second=0.0)
     store.write_json(out / "metrics.json", metrics.model_dump(mode="json"))
     told = Counter(row.status for row in scored.rows)

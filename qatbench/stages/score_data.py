@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
 from qatbench.records import LETTERS, Question
-from qatbench.tasks import mmbench, scienceqa, selector
+from qatbench.tasks import mmbench, parquet, scienceqa, selector
 from qatbench.tasks.answers import Answers
-from qatbench.tasks.answers_table import read_text_table, read_xlsx
+from qatbench.tasks.tables import read_text_table, read_xlsx
 
 _NOT_GIVEN = "-"  # stands for a question text that the data lack and scoring does not read
 _IMAGE = b"-"  # stands for an image: there is one
@@ -68,7 +68,7 @@ def _original(source: Path) -> Path | None:
 def _from_problems(file: Path, split: str) -> Asked:
     """The split as pid_splits.json lists it; without that file, as the rows themselves state it."""
     problems, listed = _object(file), file.with_name("pid_splits.json")
-    name = {"validation": "val"}.get(split, split)
+    name = parquet.ALIAS.get(split, split)
     if listed.is_file():
         pids = _object(listed).get(name)
     else:
@@ -136,7 +136,7 @@ def _from_rows(rows: list[dict[str, Any]], given: Answers, split: str, where: st
         lacks = "answer" if rows and "index" in rows[0] else "index"
         raise UsageError(f"{where} has no column {lacks}", hint="give MMBench's TSV with --data")
     name = split.partition(":")[0]
-    name = {"val": "dev", "validation": "dev"}.get(name, name)
+    name = mmbench.ALIAS.get(name, name)
     if any(row.get("split") for row in rows) and name != "all":
         there = sorted({str(row.get("split")) for row in rows})
         rows = [row for row in rows if row.get("split") == name]

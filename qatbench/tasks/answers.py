@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
 from qatbench.records import LETTERS
-from qatbench.tasks.answers_table import read_text_table, read_xlsx
+from qatbench.tasks.tables import read_text_table, read_xlsx
 
 FORMS = (
     "LLaVA's answers (question_id, text), {id: index} or {results: {id: index}}, lmms-eval's "

@@ -17,12 +17,13 @@ from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
 from qatbench.records import LETTERS, Question
 from qatbench.tasks.parquet import parquet_files, parquet_rows
 from qatbench.tasks.scienceqa import Subset, part
+from qatbench.tasks.tables import text_rows
 
 SHAREABLE = False  # third-party texts and images, for research: not passed on with our results
 
 _PASS = 1_000_000  # index = question + pass * _PASS
 _LONGEST_INDEX = 64  # an image cell of at most so many characters is the index of another row
-_ALIAS = {"val": "dev", "validation": "dev"}
+ALIAS = {"val": "dev", "validation": "dev"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[a-z]+)?")
 _LAYOUT_HINT = (
     "give a TSV with the columns index, question, A, B, answer and image, a folder that holds "
@@ -66,7 +67,7 @@ def load(source: str | Path, split: str, *, subset: Subset = "all") -> list[Ques
         there is no such split, it has no answers, or none of its rows is in `subset`;
         ArtifactError if the data are damaged.
     """
-    split = _ALIAS.get(split, split)
+    split = ALIAS.get(split, split)
     questions = read(source, split)
     _check_complete(questions, source, split)
     return part(questions, source, split, subset)
@@ -80,7 +81,7 @@ def splits(path: Path) -> list[str]:
     if path.is_dir() or path.suffix == ".parquet":
         files = parquet_files(path, "mmbench") if path.is_dir() else [path]
         return list(dict.fromkeys(filter(None, map(_named_split, files))))
-    stated = {_ALIAS.get(row.get("split", ""), row.get("split")) for row in read_table(path)}
+    stated = {ALIAS.get(row.get("split", ""), row.get("split")) for row in read_table(path)}
     return sorted(filter(None, stated)) or [_named_split(path) or "dev"]
 
 
@@ -89,7 +90,7 @@ def read(source: str | Path, split: str) -> list[Question]:
 
     Raises: as `load`.
     """
-    split = _ALIAS.get(split, split)
+    split = ALIAS.get(split, split)
     path = Path(source)
     if path.exists():
         file = _tsv_file(path, split)
@@ -220,7 +221,7 @@ def _no_split(source: str | Path, split: str, there: Iterable[str | None]) -> Us
 
 def _named_split(file: Path) -> str | None:
     """The split that a file's name tells (`mmbench_dev_en_20231003`, `MMBench_DEV_EN`)."""
-    parts = (_ALIAS.get(part, part) for part in re.split("[^a-z]+", file.stem.lower()))
+    parts = (ALIAS.get(part, part) for part in re.split("[^a-z]+", file.stem.lower()))
     return next((part for part in parts if part in ("train", "dev", "test")), None)
 
 
@@ -244,7 +245,7 @@ def _tsv_file(path: Path, split: str) -> Path | None:
 
 def _from_tsv(file: Path, split: str) -> list[Question]:
     rows = read_table(file)
-    stated = [_ALIAS.get(row.get("split", ""), row.get("split")) for row in rows]
+    stated = [ALIAS.get(row.get("split", ""), row.get("split")) for row in rows]
     if not any(stated):  # a file that names no split is the one that is asked for
         stated = [_named_split(file) or split] * len(rows)
     if split not in stated:
@@ -267,19 +268,8 @@ def read_table(
 
     Raises: ArtifactError when it cannot be read, or lacks a column that is needed.
     """
-    import pandas
-
     separator = "," if file.suffix == ".csv" else "\t"
-    try:
-        table = pandas.read_csv(file, sep=separator, dtype=str, na_filter=False)
-    except (OSError, ValueError) as error:  # the parser's and the decoder's are ValueErrors
-        raise ArtifactError(f"cannot read {file}: {_one_line(error)}", hint=_LAYOUT_HINT) from error
-    absent = [name for name in needed if name not in table.columns]
-    if absent:
-        raise ArtifactError(f"{file} has no column {absent[0]}", hint=_LAYOUT_HINT)
-    if not isinstance(table.index, pandas.RangeIndex):  # pandas made row names of the first cells
-        raise ArtifactError(f"{file}: rows have more cells than the header", hint=_LAYOUT_HINT)
-    return [{str(name): cell for name, cell in row.items()} for row in table.to_dict("records")]
+    return text_rows(file, separator, file, _LAYOUT_HINT, needed)
 
 
 # --- parquet and the hub ------------------------------------------------------------------------
