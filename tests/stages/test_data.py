@@ -279,6 +279,14 @@ def test_own_questions_and_drawn_ones_have_no_known_figures(tmp_path: Path) -> N
     assert {part.state for part in one(folder)[1].values()} == {"readable"}
 
 
+def test_what_is_not_here_may_be_a_hub_id() -> None:
+    told = {
+        text: places([text])[0].absent or "" for text in ("owner/name/cn", "./gone/data", "gone")
+    }
+    assert {text for text, why in told.items() if "if it is a hub id" in why} == {"owner/name/cn"}
+    assert all("is not here" in why for why in told.values())
+
+
 def test_an_unknown_task_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="no task 'sciencqa'"):
         places(["sciencqa=DIR"])

@@ -142,7 +142,8 @@ def test_parts_and_splits(tmp_path: Path) -> None:
     file, data = tmp_path / "a.json", science(tmp_path / "d")
     file.write_text(json.dumps({"1": 0, "2": 1, "5": 0}))
     assert score(file, "scienceqa", "grace-sqa", data, "test:image").as_json()["overall"] == 1.0
-    assert score(file, "scienceqa", "grace-sqa", data, "val").as_json()["n"] == 1
+    for name in ("val", "validation"):
+        assert score(file, "scienceqa", "grace-sqa", data, name).as_json()["n"] == 1
     (tmp_path / "d" / "pid_splits.json").write_text(json.dumps({"test": ["1"], "val": []}))
     assert score(file, "scienceqa", "grace-sqa", data, None).as_json()["n"] == 1
     for split in ("train", "val"):
@@ -213,6 +214,8 @@ def test_rows_without_a_gold_answer_are_left_out(tmp_path: Path) -> None:
     data, file = table(tmp_path / "d.tsv", more), table(tmp_path / "a.tsv", more)
     scored = score(file, "mmbench", "vlmevalkit-exact", str(data), None)
     assert (scored.as_json()["n"], scored.as_json()["no_gold"]) == (3, 1)
+    for name in ("dev", "val", "validation"):
+        assert score(file, "mmbench", "vlmevalkit-exact", str(data), name).as_json()["n"] == 3
     with pytest.raises(UsageError, match="no gold answers"):
         score(file, "mmbench", "vlmevalkit-exact", str(data), "test")
     with pytest.raises(UsageError, match="no split 'train'"):
