@@ -2,10 +2,10 @@
 
 ptq    4 of the 32 layers of LLaVA-1.5-7B, random weights: seconds and peak GPU memory of each PTQ
        method by `qatbench quantize` and by its library called directly on the same samples, side
-       by side; and, marked so, the whole model by extrapolation (times 32 / 4). Both ran once
-       before on a tiny model, where much is imported and made ready. Two ratios: solving (ours:
-       load, calibrate, solve; the library's: load, calibrate, solve, pack), and the whole verb,
-       with layer errors and the reload proof, over the library's whole way, with saving.
+       by side, in turns; and, marked so, the whole model by extrapolation (times 32 / 4). Both ran
+       once before on one layer, where much is imported and made ready. Two ratios of medians:
+       solving (ours: load, calibrate, solve; the library's: load, calibrate, solve, pack), and the
+       whole verb, with layer errors and the reload proof, over the library's way, with saving.
 whole  LLaVA-1.5-7B and Qwen2-VL-2B, random weights: RTN, export with its reload proof, reload with
        plain transformers on the GPU, an answer about an image; memory of weights, INT4 and bf16.
 
@@ -13,7 +13,7 @@ AutoRound against its library: benchmarks/autoround_time.py. `--backend` is the 
 the INT4 checkpoint on a GPU: left to itself it may want to download or compile another for minutes.
 
     python benchmarks/real_shapes.py [ptq] [whole] [--method M ...] [--model M ...] [--samples 128]
-        [--tiny] [--backend gptq_triton] [--json FILE]
+        [--rounds 2] [--tiny] [--backend gptq_triton] [--json FILE]
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ import argparse
 import contextlib
 import gc
 import json
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ from qatbench.vlm import load as models  # noqa: E402
 from qatbench.vlm.batch import Encoder  # noqa: E402
 from qatbench.vlm.load import ModelFolder  # noqa: E402
 
-LAYERS = 4
+LAYERS, LLAVA_LAYERS = 4, 32
 MODELS = ("llava", "qwen2_vl")
 GROUP = {False: 128, True: 64}  # by --tiny
 QUESTION = "What is in the picture?"
@@ -150,10 +152,43 @@ def directly(
 DIRECTLY: dict[str, Callable[..., float]] = {"gptq": directly, "awq": directly}
 
 
+@dataclass
+class Setup:
+    """What both ways quantize, on what."""
+
+    folder: ModelFolder
+    settings: stage.QuantizeSettings
+    data: dict[str, str]
+    device: str
+
+    def ours(self, out: Path) -> dict[str, Any]:
+        """By the verb: seconds of all and of solving, peak memory, phases."""
+        found: dict[str, Any] = {}
+        phases = Phases()
+        with measured(found):
+            record = stage.quantize(
+                self.folder, self.settings, self.data, out, resume=False, progress=phases
+            )
+        solving = record["figures"]["calibration_seconds"]
+        return found | {"solving_seconds": solving, "phases": phases.seconds()}
+
+    def library(self) -> dict[str, Any]:
+        """By the library called directly."""
+        loaded = models.load(self.folder, device="cpu", dtype=torch.float32)
+        questions = stage.calibration_questions(self.settings, self.data)
+        batches = stage.calibration_batches(loaded, questions, self.settings.protocol)
+        del loaded
+        method, grid = self.settings.method, Grid(4, self.settings.group_size)
+        found: dict[str, Any] = {}
+        with measured(found):
+            solving = DIRECTLY[method](method, self.folder, batches, grid, self.device)
+        return found | {"solving_seconds": round(solving, 1)}
+
+
 def ptq(
-    methods: list[str], samples: int, small: bool, device: str, layers: int = LAYERS
+    methods: list[str], samples: int, small: bool, device: str, rounds: int, layers: int = LAYERS
 ) -> list[dict[str, Any]]:
-    """Ours and the library's, one after the other."""
+    """Ours and the library's in turn, each first in every other round; ratios of medians."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -165,32 +200,29 @@ def ptq(
                 method, 4, GROUP[small], chosen, samples, device=device,  # type: ignore[arg-type]
                 dtype="bfloat16",
             )  # fmt: skip
-            ours: dict[str, Any] = {}
-            phases = Phases()
-            with measured(ours):
-                record = stage.quantize(
-                    folder, settings, data, root / method, resume=False, progress=phases
-                )
-            ours["phases"] = phases.seconds()
-            ours["solving_seconds"] = record["figures"]["calibration_seconds"]
-            row: dict[str, Any] = {"method": method, "ours": ours}
-            if method in DIRECTLY:
-                loaded = models.load(folder, device="cpu", dtype=torch.float32)
-                questions = stage.calibration_questions(settings, data)
-                batches = stage.calibration_batches(loaded, questions, settings.protocol)
-                del loaded
-                theirs: dict[str, Any] = {}
-                with measured(theirs):
-                    solving = DIRECTLY[method](
-                        method, folder, batches, Grid(4, GROUP[small]), device
-                    )
-                row["library"] = theirs | {"solving_seconds": round(solving, 1)}
-                row["solving_over_library"] = ours["solving_seconds"] / solving
-                row["verb_over_library"] = ours["seconds"] / theirs["seconds"]
-            row["extrapolated_whole_model_minutes"] = ours["solving_seconds"] * 32 / layers / 60
-            rows.append(row)
-            print(json.dumps(row), file=sys.stderr, flush=True)
+            setup = Setup(folder, settings, data, device)
+            ways = ["ours", "library"] if method in DIRECTLY else ["ours"]
+            found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+            for at in range(rounds):
+                for way in ways[:: 1 if at % 2 == 0 else -1]:
+                    out = root / f"{method}-{at}"
+                    found[way].append(setup.ours(out) if way == "ours" else setup.library())
+            rows.append({"method": method} | found | _summary(found, layers))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
+
+
+def _summary(found: dict[str, list[dict[str, Any]]], layers: int) -> dict[str, Any]:
+    def middle(way: str, figure: str) -> float:
+        return statistics.median(run[figure] for run in found[way])
+
+    minutes = middle("ours", "solving_seconds") * LLAVA_LAYERS / layers / 60
+    summary = {"extrapolated_whole_model_minutes": round(minutes, 2)}
+    if "library" in found:
+        for name, figure in (("solving", "solving_seconds"), ("verb", "seconds")):
+            ratio = middle("ours", figure) / middle("library", figure)
+            summary[f"{name}_over_library"] = round(ratio, 2)
+    return summary
 
 
 # --- whole models ---------------------------------------------------------------------------------
@@ -256,6 +288,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", default=["gptq", "awq", "autoround"])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS, help="of `whole`")
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=2, help="of `ptq`, in turns")
     parser.add_argument("--backend", default="gptq_triton", help="kernel of the INT4 checkpoint")
     parser.add_argument("--tiny", action="store_true", help="a smoke test of small sizes, any CPU")
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -271,8 +304,8 @@ def main() -> None:
                              "torch": torch.__version__}  # fmt: skip
     if "ptq" in wanted:
         if not given.tiny:
-            ptq(given.method, 4, False, device, layers=1)
-        found["ptq"] = ptq(given.method, given.samples, given.tiny, device)
+            ptq(given.method, 4, False, device, 1, layers=1)
+        found["ptq"] = ptq(given.method, given.samples, given.tiny, device, given.rounds)
     if "whole" in wanted:
         kinds = given.model
         found["whole"] = [whole(kind, given.tiny, device, given.backend) for kind in kinds]

@@ -26,7 +26,9 @@ SMALLEST_SCALE = 2.0**-14
 """The smallest normal fp16: below it a scale loses bits, and some kernels flush it to zero."""
 
 LARGEST_FP16 = 65504.0
-_BLOCK = 1 << 18  # weights searched at a time: the temporaries stay in a core's cache
+# Weights searched at a time: on a CPU the temporaries stay in a core's cache, elsewhere a kernel's
+# work should outlast its launch.
+_BLOCK, _DEVICE_BLOCK = 1 << 18, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ def search_scales(
                 f"{name or 'weight'}: a weight is {edge.item()}, which no fp16 checkpoint can hold",
                 hint="look for a diverged training or a damaged weight file",
             )
-    rows = max(1, _BLOCK // weight.shape[1])
+    block = _BLOCK if weight.device.type == "cpu" else _DEVICE_BLOCK
+    rows = max(1, block // weight.shape[1])
     return torch.cat(
         [_search_block(block.float(), grid, ratios) for block in torch.split(groups, rows)]
     )

@@ -59,16 +59,31 @@ class _Relay(nn.Module):
 
 
 @contextlib.contextmanager
+def visiting(module: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """Have a module's tensors copied to `device`; those it had are put back, not copied back.
+
+    What is written to the copies is lost.
+    """
+    kept = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
+    try:
+        for tensor, value in kept:
+            tensor.data = value.to(device)
+        yield
+    finally:
+        for tensor, value in kept:
+            tensor.data = value
+
+
+@contextlib.contextmanager
 def without_layers(model: nn.Module, layers: nn.ModuleList, device: torch.device) -> Iterator[None]:
     """Put all of a model but its decoder layers on `device`, where relays stand for them."""
-    originals, home = list(layers), next(model.parameters()).device
+    originals = list(layers)
     try:
         for index, layer in enumerate(originals):
             layers[index] = _Relay(layer)
-        model.to(device)
-        yield
+        with visiting(model, device):
+            yield
     finally:
-        model.to(home)
         for index, layer in enumerate(originals):
             layers[index] = layer
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qatbench.quant.grid import Grid
-from qatbench.quant.layer_inputs import LayerInputs, capture
+from qatbench.quant.layer_inputs import LayerInputs, capture, visiting
 from qatbench.quant.result import Quantized
 from qatbench.quant.rtn import round_to_nearest
 from qatbench.vlm.load import Loaded
@@ -77,18 +77,16 @@ def _layer_errors(
     errors: dict[str, list[float]] = {"method": [], "rtn": []}
     states: Sequence[Tensor] = inputs.first
     for index, layer in enumerate(layers):
-        home = next(layer.parameters()).device
-        layer.to(device)
         own = _of_layer(quantized, f"{loaded.arch.layers}.{index}.")
         linears = [name for name, module in layer.named_modules() if name in own.linears]
-        rtn = round_to_nearest(layer, linears, grid, lambda done, total: None)
         entered = inputs.entering(index, states)
-        states = _outputs(layer, {}, entered, inputs, index)
-        size = _distance(states, entered)
-        for kind, variant in (("method", own), ("rtn", rtn)):
-            got = _outputs(layer, _weights(variant, device), entered, inputs, index)
-            errors[kind].append(_distance(got, states) / size)
-        layer.to(home)
+        with visiting(layer, device):
+            rtn = round_to_nearest(layer, linears, grid, lambda done, total: None)
+            states = _outputs(layer, {}, entered, inputs, index)
+            size = _distance(states, entered)
+            for kind, variant in (("method", own), ("rtn", rtn)):
+                got = _outputs(layer, _weights(variant, device), entered, inputs, index)
+                errors[kind].append(_distance(got, states) / size)
     return errors
 
 
