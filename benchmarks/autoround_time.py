@@ -16,6 +16,7 @@ import argparse
 import copy
 import gc
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -148,6 +149,7 @@ def main() -> None:
     tuned = copy.deepcopy(model)
     tuned.load_state_dict({k: v.to(model.dtype) for k, v in weights.items()}, strict=False)
     figures["ours"]["error"] = error(tuned)
+    print(json.dumps(figures["ours"]), file=sys.stderr, flush=True)
     del tuned, weights
     tuned, figures["library"] = measured(lambda: library_alone(model, batches, given), given.device)
     figures["library"]["error"] = error(tuned)

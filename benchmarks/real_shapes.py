@@ -207,6 +207,7 @@ def ptq(
                 for way in ways[:: 1 if at % 2 == 0 else -1]:
                     out = root / f"{method}-{at}"
                     found[way].append(setup.ours(out) if way == "ours" else setup.library())
+                    print(way, json.dumps(found[way][-1]), file=sys.stderr, flush=True)
             rows.append({"method": method} | found | _summary(found, layers))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
