@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from qatbench.records import Record
+from qatbench.report.details import Agreement, Changes, Claim, Noise, Recovery
 
 COMPARISON_VERSION: Literal[1] = 1
 PTQ_METHODS = frozenset({"rtn", "gptq", "awq", "autoround"})
@@ -107,7 +108,9 @@ class CheckpointFacts(Record):
     calibration_seconds: float | None = None
     source_seconds: float | None = None  # making of the compared arms that it was made from
     samples_seen: int | None = None  # training samples, repeats counted
+    peak_memory_bytes: int | None = None  # of making it, on its device; largest of the seeds
     device: str | None = None  # where it was made
+    gpu: str | None = None  # its name
     notes: tuple[str, ...] = ()
     leakage: tuple[str, ...] = ()  # what was found out about test questions in its training data
 
@@ -130,6 +133,8 @@ class ArmResult(CheckpointFacts):
     unparsed: tuple[int, ...]  # rows per seed, as the two below
     errors: tuple[int, ...]
     ties: tuple[int, ...]
+    predictions: tuple[str, ...] = ()  # file of each seed, relative to the comparison
+    questions_per_second: float | None = None  # of the evaluation, mean over seeds
 
     @property
     def family(self) -> Family:
@@ -155,6 +160,13 @@ class ArmResult(CheckpointFacts):
             return None
         return self.making_seconds + (self.source_seconds or 0.0)
 
+    @property
+    def gpu_hours(self) -> float | None:
+        """Its cost where it was made on a GPU."""
+        made_on = (self.device or "").split(":")[0]
+        known = made_on == "cuda" and self.cost_seconds is not None
+        return self.cost_seconds / 3600 if known and self.cost_seconds is not None else None
+
 
 class SeedPair(Record):
     """One seed of an arm against one seed of its reference, question by question."""
@@ -176,7 +188,9 @@ class PairResult(Record):
     high: float
     p: float  # two-sided, exact: sign flips of the question means; McNemar when both have one seed
     p_holm: float  # adjusted over every pair of the comparison, all tasks together
-    verdict: Literal["equivalent", "better", "worse", "undecided"]  # two one-sided tests at margin
+    p_equivalence: float | None = None  # the larger of two one-sided tests at the margin
+    p_equivalence_holm: float | None = None  # adjusted over the same pairs, a family of its own
+    verdict: Literal["equivalent", "better", "worse", "undecided"]  # by the adjusted p-values
     n_needed: int  # questions for 80 % power to show equivalence within the margin
     seed_pairs: tuple[SeedPair, ...]  # equal seeds, or all with the only seed of either; may be ()
     lost: float | None  # mean over seed_pairs; None without any
@@ -229,6 +243,8 @@ class Definition(Record):
     family_size: int  # pairs that share the Holm adjustment
     ablation_family: int = 0  # ablations that share another; those with `shared_p` are not counted
     recipe: str | None
+    model: Setting = ()  # what the arms without a method are: the 16-bit model
+    cluster: str = "question"  # what is resampled: question, image or template
 
 
 class TaskComparison(Record):
@@ -241,6 +257,10 @@ class TaskComparison(Record):
     warnings: tuple[ReportWarning, ...]
     ablations: tuple[Ablation, ...] = ()  # grid by grid
     not_ablated: tuple[str, ...] = ()  # grace arms that are no such pair, and why
+    changes: tuple[Changes, ...] = ()  # of `pairs`, then of `contests`
+    agreement: Agreement | None = None
+    recovery: tuple[Recovery, ...] = ()
+    noise: tuple[Noise, ...] = ()
 
     def arm(self, name: str) -> ArmResult:
         """Find the arm of that name; KeyError if there is none."""
@@ -295,3 +315,4 @@ class Comparison(Record):
     baseline: str  # the arm every other is compared with
     tasks: tuple[TaskComparison, ...]
     training: tuple[Course, ...] = ()  # of the arms whose train.jsonl is there
+    claims: tuple[Claim, ...] = ()
