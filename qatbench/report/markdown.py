@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qatbench.report import ablations, tables, training
+from qatbench.report import ablations, claims, recovery, tables, training
 from qatbench.report.model import Comparison, Setting, TaskComparison
 from qatbench.report.verdict import decisions, margin_words, verdict
 
@@ -34,8 +34,10 @@ percentile bootstrap over questions (clusters where rows form groups), \
 {draws} draws, seed {seed}.
 - **p**: two-sided and exact: McNemar with one seed each, else sign flips of the questions' mean \
 differences. Holm's adjustment covers the {family} pairs of this comparison.
-- **verdict**: two one-sided tests at a margin of {margin} points; "n needed" questions would \
-show equivalence with 80 % power if there is no difference.
+- **verdict**: "equivalent": two one-sided tests at a margin of {margin} points, p adjusted by \
+Holm as a family of its own; "better", "worse": the interval lies beside 0 and p (Holm) is below \
+{alpha:.2g}; otherwise "undecided". "n needed" questions would show equivalence with 80 % power if \
+there is no difference.
 - **lost/gained**: questions that went from right to wrong / wrong to right, mean over pairs of \
 equal seeds (or all seeds with the only one of the other arm); McNemar's p of each.
 - **MB**: 10^6 bytes of checkpoint. **bits/weight**: the language model's linears, with scales. \
@@ -50,6 +52,8 @@ def render(comparison: Comparison) -> str:
     parts.append(_in_short(comparison))
     for task in comparison.tasks:
         parts += _task_parts(comparison, task)
+    if told := claims.section(comparison):
+        parts += ["## Published claims", told]
     if comparison.training:
         parts += ["## Training", *training.paragraphs(comparison)]
     first = comparison.tasks[0].definition
@@ -58,11 +62,14 @@ def render(comparison: Comparison) -> str:
         seed=first.bootstrap_seed,
         family=first.family_size,
         margin=margin_words(first),
+        alpha=1 - first.level,
     )
     if any(task.ablations for task in comparison.tasks):
         method += "\n" + ablations.METHOD.format(
             family=first.ablation_family, alpha=1 - first.level
         )
+    if any(task.recovery or task.noise for task in comparison.tasks):
+        method += "\n" + recovery.METHOD
     method += f'\n- "{tables.UNKNOWN}": not recorded.'
     parts += ["## How the numbers are computed", method]
     return "\n\n".join(parts) + "\n"
@@ -103,6 +110,7 @@ def _task_parts(comparison: Comparison, task: TaskComparison) -> list[str]:
         for warning in task.warnings
     ]
     sections: list[tuple[str, str]] = [
+        ("Won back, and the noise floor", recovery.section(task)),
         ("What each part of GRACE is worth", ablations.section(comparison, task)),
         ("Warnings", "\n".join(warnings)),
         ("Notes", "\n".join(notes)),
