@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from qatbench import __version__
+from qatbench.cli_compare import compare_command
 from qatbench.cli_data import app as data_app
 from qatbench.cli_doctor import doctor_command
 from qatbench.cli_eval import eval_command
@@ -28,12 +29,10 @@ from qatbench.cli_options import (
     Jobs,
     Json,
     Limit,
-    Out,
     Recipe,
     Results,
     Resume,
     SaveEvery,
-    Seed,
     data_paths,
     same_options,
     worker_options,
@@ -42,7 +41,6 @@ from qatbench.cli_score import protocols_command, score_command
 from qatbench.cli_show import (
     comparison_result,
     dry_run_result,
-    worst_drop,
 )
 from qatbench.cli_train import train_command
 from qatbench.cli_verify import verify_command
@@ -73,45 +71,11 @@ app.command("verify")(verify_command)
 app.command("card")(card_command)
 app.command("doctor")(doctor_command)
 app.command("eval")(eval_command)
+app.command("compare")(compare_command)
 app.command("score")(score_command)
 app.command("protocols")(protocols_command)
 app.add_typer(data_app, name="data")
 app.add_typer(mini_app, name="mini")
-
-
-@app.command("compare")
-def compare_command(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; an arm is named by its folder.")],
-    baseline: Annotated[Path, typer.Option(help="Run that differences are taken to.")],
-    out: Out = Path("comparison"),
-    margin: Annotated[float, typer.Option(help="Points within which arms are equivalent.")] = 1.0,
-    intersection: Annotated[bool, typer.Option(help="Compare on shared questions only.")] = False,
-    max_drop: Annotated[
-        float | None, typer.Option(help="Exit 1 if an arm is more points below.")
-    ] = None,
-    draws: Annotated[int, typer.Option(min=100, help="Bootstrap draws.")] = 10_000,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Compare runs question by question; write comparison.json, report.md and tables.
-
-    Example: qatbench compare out/base out/gptq --baseline out/base --out out/comparison
-    """
-    from qatbench.stages.compare import compare, write
-
-    ui = Ui(as_json=as_json)
-    if margin <= 0:
-        raise UsageError("--margin must be above 0 points")
-    result = compare(
-        runs, baseline, margin=margin / 100, intersection=intersection, draws=draws, seed=seed
-    )
-    write(result, out)
-    comparison_result(ui, result, out)
-    again = " ".join(map(str, runs))
-    ui.next_command(f"qatbench compare {again} --baseline {baseline} --max-drop 1.0   # a gate")
-    if max_drop is not None and worst_drop(result) * 100 > max_drop + 1e-9:
-        ui.note(f"verdict: an arm is {worst_drop(result) * 100:.2f} points below the baseline")
-        raise typer.Exit(1)
 
 
 @app.command("run")

@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qatbench.report import ablations, tables, training
-from qatbench.report.model import (
-    ArmResult,
-    Comparison,
-    Definition,
-    PairResult,
-    Setting,
-    TaskComparison,
-)
+from qatbench.report.model import Comparison, Setting, TaskComparison
+from qatbench.report.verdict import decisions, margin_words, verdict
 
 _ARM_TITLES = {
     "acc %": "accuracy %",
@@ -23,6 +17,12 @@ _ARM_TITLES = {
     "bits/w": "bits/weight",
 }
 _PAIR_TITLES = {"diff": "difference, points", "flips": "lost/gained"}
+
+_WORDS = (
+    "PTQ: a finished model is quantized. QAT: it is trained on the integer grid, which costs more."
+    " Points are of accuracy, right / all asked; brackets hold 95 % intervals of paired"
+    " differences; what is called a difference is one after Holm's correction for all pairs."
+)
 
 _METHOD = """\
 - **accuracy**: right / all asked, mean over seeds; unparsed and crashed questions count as not \
@@ -47,6 +47,7 @@ def render(comparison: Comparison) -> str:
     """Render report.md; a pure function of the comparison."""
     recipe = next((t.definition.recipe for t in comparison.tasks if t.definition.recipe), None)
     parts = [f"# Comparison{f': {recipe}' if recipe else ''}"]
+    parts.append(_in_short(comparison))
     for task in comparison.tasks:
         parts += _task_parts(comparison, task)
     if comparison.training:
@@ -56,7 +57,7 @@ def render(comparison: Comparison) -> str:
         draws=first.bootstrap_draws,
         seed=first.bootstrap_seed,
         family=first.family_size,
-        margin=_margin(first),
+        margin=margin_words(first),
     )
     if any(task.ablations for task in comparison.tasks):
         method += "\n" + ablations.METHOD.format(
@@ -67,117 +68,15 @@ def render(comparison: Comparison) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def verdict(task: TaskComparison, baseline: str) -> str:
-    """Say what to ship, a paragraph a grid, how sure that is, and at what cost."""
-    if not task.contests:
-        return _without_contest(task, baseline)
-    paragraphs = []
-    for contest in task.contests:
-        shipped, sentence = _contest_words(task, contest)
-        where = f"{shipped.grid}: " if len(task.contests) > 1 else ""
-        rivals = [task.arm(name) for name in (contest.arm, contest.reference)]
-        paragraphs.append(where + _told(task, shipped, sentence, baseline, rivals))
-    return "\n\n".join(paragraphs)
-
-
-def _without_contest(task: TaskComparison, baseline: str) -> str:
-    best = task.best("QAT") or task.best("PTQ")
-    if best is not None:
-        shipped = best
-        others = sum(arm.family == best.family for arm in task.arms) > 1
-        role = f"the best {best.family} arm" if others else f"the only {best.family} arm"
-        sentence = f"**Best quantized arm: `{best.name}`**, {role}, with {_score(best)}."
-    else:
-        shipped = max(task.arms, key=lambda arm: arm.accuracy)
-        sentence = (
-            f"No arm states a quantization method. The most accurate is `{shipped.name}`, with"
-            f" {_score(shipped)}."
-        )
-    return _told(task, shipped, sentence, baseline, [])
-
-
-def _told(
-    task: TaskComparison,
-    shipped: ArmResult,
-    sentence: str,
-    baseline: str,
-    rivals: Sequence[ArmResult],
-) -> str:
-    """Put the sentence before what follows of the arm to ship."""
-    sentences = [sentence, _against_baseline(task, shipped, baseline), _cost(shipped, rivals)]
-    trained = shipped.family == "QAT" or shipped.source_seconds is not None
-    if trained and len(shipped.seeds) == 1:
-        sentences.append(f"`{shipped.name}` was trained with one seed: another may differ.")
-    return " ".join(filter(None, sentences))
-
-
-def _contest_words(task: TaskComparison, contest: PairResult) -> tuple[ArmResult, str]:
-    """Decide between the best QAT and the best PTQ arm."""
-    qat, ptq = task.arm(contest.arm), task.arm(contest.reference)
-    margin, alpha = _margin(task.definition), 1 - task.definition.level
-    sure = contest.p_holm < alpha and (contest.low > 0 or contest.high < 0)
-    if contest.verdict == "equivalent":
-        shipped, price = _cheaper(qat, ptq)
-        why = (
-            f"the best QAT and the best PTQ arm are equivalent within {margin} points, and {price}"
-        )
-    elif sure:
-        shipped, side = (qat, "above") if contest.difference > 0 else (ptq, "below")
-        why = f"the best QAT arm is {side} the best PTQ arm"
-    else:
-        shipped, price = _cheaper(qat, ptq)
-        why = (
-            f"no difference is shown between the best QAT and the best PTQ arm, and {price}; to"
-            f" show them equivalent within {margin} points would take about"
-            f" {contest.n_needed} questions"
-        )
-    picked = ""
-    if sum(arm.family in ("QAT", "PTQ") and arm.grid == qat.grid for arm in task.arms) > 2:
-        picked = " Both were picked as the best on these same questions, which flatters them."
-    return shipped, (
-        f"**Ship `{shipped.name}`**: {why}. Best QAT: `{qat.name}`, {_score(qat)}. Best PTQ:"
-        f" `{ptq.name}`, {_score(ptq)}. QAT minus PTQ: {tables.difference(contest)} points"
-        f" (p {tables.p_value(contest.p_holm)}).{picked}"
-    )
-
-
-def _cheaper(qat: ArmResult, ptq: ArmResult) -> tuple[ArmResult, str]:
-    """Choose the one that cost less, and say so; PTQ where that is unknown."""
-    mine, theirs = qat.cost_seconds, ptq.cost_seconds
-    if mine is None or theirs is None:
-        return ptq, "PTQ needs no training (what they cost is not recorded)"
-    return (qat if mine < theirs else ptq), "it cost no more"
-
-
-def _against_baseline(task: TaskComparison, arm: ArmResult, baseline: str) -> str:
-    pair, base = task.pair(arm.name), task.arm(baseline)
-    if pair is None:
-        return f"`{arm.name}` is the baseline."
-    margin = _margin(task.definition)
-    verdicts = {
-        "equivalent": f"equivalent within {margin} points",
-        "better": "better",
-        "worse": "worse",
-        "undecided": f"neither a difference nor equivalence within {margin} points is shown",
-    }
-    return (
-        f"Against the baseline `{baseline}` ({_score(base)}) it is {tables.difference(pair)} points"
-        f" (p {tables.p_value(pair.p_holm)}): {verdicts[pair.verdict]}."
-    )
-
-
-def _cost(shipped: ArmResult, rivals: Sequence[ArmResult]) -> str:
-    """Price of the arm to ship, beside that of the arm it beat."""
-    told = []
-    for arm in [shipped, *(rival for rival in rivals if rival.name != shipped.name)]:
-        known = [
-            (tables.duration(arm.cost_seconds), " to make"),
-            (tables.megabytes(arm.checkpoint_bytes), " MB"),
-            (tables.bits_per_weight(arm), " bits/weight"),
-        ]
-        stated = ", ".join(value + unit for value, unit in known if value != tables.UNKNOWN)
-        told.append(f"`{arm.name}` {stated or 'not recorded'}")
-    return f"Cost: {'; '.join(told)}."
+def _in_short(comparison: Comparison) -> str:
+    """The first screen: a line a task and grid, and how to read it."""
+    lines = []
+    for task in comparison.tasks:
+        name = task.definition.task
+        for decision in decisions(task, comparison.baseline):
+            where = ", ".join(filter(None, [name, decision.grid]))
+            lines.append(f"- {where}: {decision.short}")
+    return "\n".join([*lines, "", _WORDS])
 
 
 def _task_parts(comparison: Comparison, task: TaskComparison) -> list[str]:
@@ -241,7 +140,7 @@ def _definition(task: TaskComparison, baseline: str) -> str:
         "batch": _setting(definition.batch),
         "versions": _by_name(definition.versions),
         "seeds": "; ".join(f"{a} {', '.join(map(str, s))}" for a, s in definition.seeds.items()),
-        "margin": f"{_margin(definition)} points",
+        "margin": f"{margin_words(definition)} points",
         "bootstrap": f"{definition.bootstrap_draws} draws, seed {definition.bootstrap_seed}",
     }
     return "\n".join(f"- {name}: {value}" for name, value in facts.items())
@@ -253,12 +152,3 @@ def _setting(values: Setting) -> str:
 
 def _by_name(settings: Mapping[str, Setting]) -> str:
     return ", ".join(f"{k} {_setting(v)}" for k, v in settings.items()) or tables.UNKNOWN
-
-
-def _margin(definition: Definition) -> str:
-    return f"±{100 * definition.margin:g}"
-
-
-def _score(arm: ArmResult) -> str:
-    accuracy = f"{tables.percent(arm.accuracy)} % {tables.interval(arm.low, arm.high)}"
-    return f"{accuracy} of {arm.n} questions"

@@ -157,6 +157,12 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
 
 
+def price(arm: ArmResult) -> str:
+    """What it cost to make, in GPU-hours where it was made on a GPU."""
+    hours = arm.gpu_hours
+    return duration(arm.cost_seconds) if hours is None else f"{hours:.2g} GPU-hours"
+
+
 def megabytes(size: int | None) -> str:
     """Write bytes as MB of 10^6 bytes."""
     return UNKNOWN if size is None else f"{size / 1e6:.1f}"

@@ -7,7 +7,7 @@ different arms of one recipe at the same time: each artifact is made under a loc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from qatbench.stages.common import Progress
 from qatbench.stages.evaluate import evaluate, run_folder
 from qatbench.stages.plan import HOW, Plan, Unit, model_of
 from qatbench.stages.quantize import QuantizeSettings, quantize
+from qatbench.stages.report_files import write
 from qatbench.stages.train import TrainRequest, train
 from qatbench.stages.train_settings import TrainSettings
 from qatbench.stages.workers import Job
@@ -72,7 +73,7 @@ def run(
     missing = [
         u for u in everything if _eval_folder(plan, u, asked).state() is not store.State.DONE
     ]
-    return None if missing else compare(plan)
+    return None if missing else compare(recipe, plan.root, plan.paths)
 
 
 def jobs_of(
@@ -114,17 +115,20 @@ def _job_name(unit: Unit) -> str:
     return unit.arm if unit.seed is None else f"{unit.arm}-seed-{unit.seed}"
 
 
-def compare(plan: Plan) -> Comparison:
-    """Compare all arms of a finished recipe and write its report."""
-    recipe = plan.recipe
-    baseline = recipe.baseline or next(iter(recipe.arms))
+def compare(recipe: Recipe, root: Path, paths: Mapping[str, str]) -> Comparison:
+    """Compare all arms of a finished recipe and write its report.
+
+    The report shows questions of data that may be passed on, and of no others.
+    """
     comparison = comparing.compare(
-        [plan.root / name for name in recipe.arms],
-        plan.root / baseline,
+        [root / name for name in recipe.arms],
+        root / (recipe.baseline or next(iter(recipe.arms))),
         margin=recipe.margin / 100,
         seed=recipe.seed,
+        out=root,
     )
-    comparing.write(comparison, plan.root)
+    shared = {task: path for task, path in paths.items() if selector.shareable(task, path)}
+    write(comparison, root, shared)
     return comparison
 
 

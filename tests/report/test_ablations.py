@@ -16,7 +16,8 @@ from qatbench.report.markdown import render
 from qatbench.report.model import Ablation, Comparison, PairResult
 from qatbench.report.tables import ablation_rows
 from qatbench.stages.ablations import n_to_decide
-from qatbench.stages.compare import compare, write
+from qatbench.stages.compare import compare
+from qatbench.stages.report_files import write
 
 N = 400
 HEADING = "### What each part of GRACE is worth"

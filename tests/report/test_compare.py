@@ -19,9 +19,10 @@ from qatbench.records import Prediction
 from qatbench.report.markdown import render
 from qatbench.report.model import Comparison, WarningCode
 from qatbench.report.tables import arm_rows, pair_rows
-from qatbench.stages.compare import compare, write
+from qatbench.stages.compare import compare
 from qatbench.stages.metrics import summarize
 from qatbench.stages.paired import sign_flip_test, wilson_of_mean
+from qatbench.stages.report_files import write
 
 
 @pytest.fixture

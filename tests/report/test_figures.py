@@ -15,7 +15,8 @@ from run_folders import predictions, write_run
 from qatbench.report.figures import COLOURS, GREY, MOST_LINES, TOGETHER, TRAINING_FIGURE, figures
 from qatbench.report.markdown import render
 from qatbench.report.model import Comparison
-from qatbench.stages.compare import compare, write
+from qatbench.stages.compare import compare
+from qatbench.stages.report_files import write
 
 SVG = "{http://www.w3.org/2000/svg}"
 

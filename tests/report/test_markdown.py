@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from qatbench.report.markdown import render, verdict
+from qatbench.report.markdown import render
 from qatbench.report.model import (
     ADVICE,
     Ablation,
@@ -26,6 +26,7 @@ from qatbench.report.model import (
     WarningCode,
 )
 from qatbench.report.tables import arm_rows, duration, p_value, points
+from qatbench.report.verdict import decisions, verdict
 
 GOLDEN = Path(__file__).parent / "golden" / "report.md"
 
@@ -207,6 +208,41 @@ def test_qat_below_ptq_ships_ptq() -> None:
     low = GRACE.model_copy(update={"accuracy": 0.6})
     text = words(comparison(pair(low, GPTQ), BASE, GPTQ, low))
     assert text.startswith("**Ship `gptq`**: the best QAT arm is below the best PTQ arm.")
+
+
+def in_short(result: Comparison) -> str:
+    (decision,) = decisions(result.tasks[0], result.baseline)
+    return decision.short
+
+
+def test_the_first_screen_says_what_to_ship_and_what_the_other_would_cost() -> None:
+    assert in_short(comparison(pair(GRACE, GPTQ))) == (
+        "**Ship `grace`.** It scores +6.4 [+4.4, +8.4] points against the best PTQ arm, `gptq`"
+        " (p 0.001), and costs 8 min instead of 61 s. It answers 70.5 % right, the best at 16 bits,"
+        " `base`, 55.5 %."
+    )
+    unsure = in_short(comparison(pair(GRACE, GPTQ, verdict="undecided", p_holm=0.06)))
+    assert unsure.startswith(
+        "**Ship `gptq`.** `grace` scores +6.4 [+4.4, +8.4] points beside it, no difference that is"
+        " shown (p 0.060), and costs 8 min instead of 61 s."
+    )
+    same = pair(GRACE, GPTQ, verdict="equivalent", difference=0.004, low=0.001, high=0.007)
+    assert "`grace` is equivalent within ±1 points: +0.4 [+0.1, +0.7], and costs" in in_short(
+        comparison(same)
+    )
+
+
+def test_a_difference_is_told_from_the_arm_that_is_shipped() -> None:
+    worse = pair(GRACE, GPTQ, verdict="worse", difference=-0.03, low=-0.05, high=-0.01)
+    text = in_short(comparison(worse))
+    assert text.startswith("**Ship `gptq`.** It scores +3.0 [+1.0, +5.0] points against the best")
+    assert "QAT arm, `grace`" in text
+
+
+def test_gpu_hours_are_the_price_where_it_was_made_on_a_gpu() -> None:
+    dear = GRACE.model_copy(update={"device": "cuda", "making_seconds": 5400.0})
+    text = in_short(comparison(pair(GRACE, GPTQ), BASE, GPTQ, dear))
+    assert "costs 1.5 GPU-hours instead of 61 s" in text
 
 
 def test_arms_are_ranked_within_their_grid() -> None:
