@@ -33,9 +33,7 @@ def pair_result(
     a, b = arm.right.mean(axis=0), reference.right.mean(axis=0)
     interval = stats.paired_bootstrap(a, b, draws=draws, level=LEVEL, seed=seed)
     tost = stats.tost_paired(a, b, margin, level=LEVEL, draws=draws, seed=seed)
-    pairs = tuple(
-        _seed_pair(arm, reference, i, j) for i, j in _partners(arm.seeds, reference.seeds)
-    )
+    pairs = tuple(_seed_pair(arm, reference, i, j) for i, j in partners(arm.seeds, reference.seeds))
     if len(arm.seeds) == len(reference.seeds) == 1:
         p = pairs[0].p
     else:  # one denominator for both means: seeds of the one times seeds of the other
@@ -100,7 +98,7 @@ def wilson_of_mean(accuracies: tuple[float, ...], n: int) -> tuple[float, float]
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
-def _partners(arm: tuple[int, ...], reference: tuple[int, ...]) -> list[tuple[int, int]]:
+def partners(arm: tuple[int, ...], reference: tuple[int, ...]) -> list[tuple[int, int]]:
     """Positions of the seeds to pair: equal seeds, or all with the only seed of either arm."""
     alone = len(arm) == 1 or len(reference) == 1
     return [
