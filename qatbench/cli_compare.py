@@ -52,7 +52,8 @@ def compare_command(
     if render is not None:
         result, out = read(render), render
     else:
-        assert runs and baseline  # checked above
+        assert runs  # checked above
+        assert baseline
         result = compare(
             runs, baseline, margin=margin / 100, intersection=intersection, cluster=cluster,
             draws=draws, seed=seed, out=out,

@@ -254,10 +254,12 @@ class TaskComparison(Record):
     arms: tuple[ArmResult, ...]  # in the order asked for, the baseline included
     pairs: tuple[PairResult, ...]  # every other arm against the baseline
     contests: tuple[PairResult, ...]  # a grid each: best QAT against best PTQ on these questions
+    claimed: tuple[PairResult, ...] = ()  # a grid each, where they stand nowhere else: best GRACE
+    # against best PTQ, and against the best 16-bit arm trained on the same data
     warnings: tuple[ReportWarning, ...]
     ablations: tuple[Ablation, ...] = ()  # grid by grid
     not_ablated: tuple[str, ...] = ()  # grace arms that are no such pair, and why
-    changes: tuple[Changes, ...] = ()  # of `pairs`, then of `contests`
+    changes: tuple[Changes, ...] = ()  # of `pairs`, then of `contests` and `claimed`
     agreement: Agreement | None = None
     recovery: tuple[Recovery, ...] = ()
     noise: tuple[Noise, ...] = ()

@@ -47,7 +47,7 @@ def stated_pairs(task: TaskComparison) -> list[PairResult]:
     """List the pairs, with the contests that are not among them, either way round."""
     known = [{pair.arm, pair.reference} for pair in task.pairs]
     new = [pair for pair in task.contests if {pair.arm, pair.reference} not in known]
-    return [*task.pairs, *new]
+    return [*task.pairs, *new, *task.claimed]
 
 
 def seed_rows(task: TaskComparison) -> list[Row]:
@@ -91,8 +91,12 @@ def cost_rows(task: TaskComparison) -> list[Row]:
             "training": duration(arm.training_seconds),
             "calibration": duration(arm.calibration_seconds),
             "before it": duration(arm.source_seconds),
+            "GPU-hours": UNKNOWN if arm.gpu_hours is None else f"{arm.gpu_hours:.3f}",
             "samples": _integer(arm.samples_seen),
-            "device": arm.device or UNKNOWN,
+            "peak GB": UNKNOWN
+            if arm.peak_memory_bytes is None
+            else f"{arm.peak_memory_bytes / 1e9:.1f}",
+            "device": arm.gpu or arm.device or UNKNOWN,
         }
         for arm in task.arms
     ]

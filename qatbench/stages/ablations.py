@@ -202,7 +202,8 @@ def _cost(arm: ArmResult, full: ArmResult) -> float | None:
 
 
 def _known(task: TaskComparison) -> dict[frozenset[str], PairResult]:
-    return {frozenset((pair.arm, pair.reference)): pair for pair in (*task.contests, *task.pairs)}
+    stated = (*task.claimed, *task.contests, *task.pairs)
+    return {frozenset((pair.arm, pair.reference)): pair for pair in stated}
 
 
 def _shared(pair: PairResult, known: dict[frozenset[str], PairResult]) -> float | None:

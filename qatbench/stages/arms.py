@@ -57,8 +57,7 @@ class Arm(NamedTuple):
             if field in ("notes", "leakage"):
                 merged[field] = tuple(dict.fromkeys(line for lines in known for line in lines))
             elif known:
-                mean = field.endswith("_seconds")
-                merged[field] = sum(known) / len(known) if mean else known[0]
+                merged[field] = _joined(field, known)
         return CheckpointFacts(**merged)
 
 
@@ -69,6 +68,13 @@ class Sheet(NamedTuple):
     keys: tuple[str, ...]  # the questions, sorted
     scores: dict[str, Scores]  # by arm
     dropped: dict[str, int]  # arm -> questions left out
+
+
+def _joined(field: str, known: list[Any]) -> Any:
+    """One value of those that the seeds state."""
+    if field.endswith("_seconds"):
+        return sum(known) / len(known)
+    return max(known) if field == "peak_memory_bytes" else known[0]
 
 
 def load_arms(folders: Sequence[Path]) -> list[Arm]:
@@ -150,6 +156,8 @@ def _load_run(seed: int, folder: Path) -> Run:
     provenance = _read_provenance(folder / PROVENANCE)
     checkpoint = _read_provenance(folder / CHECKPOINT)
     facts = _facts(section(section(provenance, "inputs"), "model"), folder / PROVENANCE)
+    made_on = section(checkpoint, "machine").get("gpu")
+    facts = facts.model_copy(update={"gpu": None if made_on is None else str(made_on)})
     leakage = {"leakage": section(checkpoint, "figures").get("leakage")}
     found = _facts(leakage, folder / CHECKPOINT).leakage
     facts = facts.model_copy(update={"leakage": found or facts.leakage})

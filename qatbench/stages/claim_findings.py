@@ -199,7 +199,8 @@ def _control(task: TaskComparison, test: PairTest, arm: ArmResult) -> str:
 
 def _stated(task: TaskComparison, arm: str, reference: str) -> PairResult | None:
     """The pair among those the comparison states, turned round if need be."""
-    for pair in (*task.pairs, *task.contests, *(a.pair for a in task.ablations)):
+    stated = (*task.pairs, *task.contests, *task.claimed, *(a.pair for a in task.ablations))
+    for pair in stated:
         if (pair.arm, pair.reference) == (arm, reference):
             return pair
         if (pair.arm, pair.reference) == (reference, arm):

@@ -6,6 +6,7 @@ Everything is worked out here from predictions.jsonl; `qatbench.report` only wor
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from statistics import fmean, stdev
@@ -13,10 +14,19 @@ from typing import NamedTuple
 
 from qatbench import stats
 from qatbench.records import Prediction
-from qatbench.report.model import ArmResult, Comparison, Course, PairResult, TaskComparison
+from qatbench.report.model import (
+    CONTROL_METHODS,
+    ArmResult,
+    Comparison,
+    Course,
+    PairResult,
+    TaskComparison,
+)
 from qatbench.report.warnings import warnings_of
 from qatbench.stages.ablations import settled, with_ablations
 from qatbench.stages.arms import Arm, Sheet, line_up, load_arms, right_of
+from qatbench.stages.changes import agreement, changes
+from qatbench.stages.claims import verdicts
 from qatbench.stages.courses import courses
 from qatbench.stages.definition import definition, text
 from qatbench.stages.paired import Scores, pair_result, wilson_of_mean
@@ -68,7 +78,9 @@ def compare(
     sheets = line_up(arms, intersection=intersection)
     training = courses(arms)
     tasks = [_compare_task(arms, sheet, reference, settings, training) for sheet in sheets]
-    return Comparison(baseline=reference, tasks=settled(_adjusted(tasks)), training=training)
+    blocks = settled(_adjusted(tasks))
+    claims = verdicts(blocks, reference)
+    return Comparison(baseline=reference, tasks=blocks, training=training, claims=claims)
 
 
 def _compare_task(
@@ -105,15 +117,56 @@ def _compare_task(
     grids = dict.fromkeys(arm.grid for arm in block.arms if arm.family in ("QAT", "PTQ"))
     rivals = [(block.best("QAT", grid), block.best("PTQ", grid)) for grid in grids]
     contests = tuple(against(qat.name, ptq.name) for qat, ptq in rivals if qat and ptq)
+    block = block.model_copy(update={"contests": contests})
+    claimed = tuple(against(*names) for names in _claimed(block, baseline))
     disagree = tuple(arm.name for arm in arms if _metrics_disagree(arm, sheet.task))
     warnings = warnings_of(block.definition, block.arms, block.pairs, disagree, training)
-    block = block.model_copy(update={"contests": contests, "warnings": warnings})
-    return with_ablations(block, arms, training, sheet.scores, scored)
+    block = block.model_copy(update={"claimed": claimed, "warnings": warnings})
+    block = with_ablations(block, arms, training, sheet.scores, scored)
+    return block.model_copy(update=_changed(arms, sheet, block, settings))
+
+
+def _claimed(block: TaskComparison, baseline: str) -> Iterator[tuple[str, str]]:
+    """Pairs that published claims are about and that are not stated otherwise."""
+    stated = [{pair.arm, pair.reference} for pair in (*block.pairs, *block.contests)]
+    control = max(
+        (arm for arm in block.arms if arm.method in CONTROL_METHODS),
+        key=lambda arm: arm.accuracy,
+        default=None,
+    )
+    full = [arm for arm in block.arms if arm.method == "grace"]
+    for grid in dict.fromkeys(arm.grid for arm in full):
+        best = max((arm for arm in full if arm.grid == grid), key=lambda arm: arm.accuracy)
+        for other in (block.best("PTQ", grid), control):
+            if other is not None and {best.name, other.name} not in stated:
+                yield best.name, other.name
+
+
+def _changed(
+    arms: list[Arm], sheet: Sheet, block: TaskComparison, settings: _Settings
+) -> dict[str, object]:
+    """What changed in every stated pair.
+
+    Flipped questions are listed of contests, and of the arms that meet in them against the
+    baseline.
+    """
+    stated = [(p.arm, p.reference) for p in (*block.pairs, *block.contests, *block.claimed)]
+    met = {name for pair in block.contests for name in (pair.arm, pair.reference)}
+    shown = [(p.arm, p.reference) for p in block.contests]
+    shown += [(p.arm, p.reference) for p in block.pairs if p.arm in met or len(block.pairs) == 1]
+    told = changes(
+        arms, sheet, stated, shown=shown, draws=settings.draws, seed=settings.seed
+    )  # fmt: skip
+    return {"changes": told, "agreement": agreement(arms, sheet)}
 
 
 def _adjusted(tasks: list[TaskComparison]) -> tuple[TaskComparison, ...]:
     """Fill in Holm's p-values: one family of all pairs, a pair stated twice counted once."""
-    ids = [(k, pair) for k, task in enumerate(tasks) for pair in (*task.pairs, *task.contests)]
+    ids = [
+        (k, pair)
+        for k, task in enumerate(tasks)
+        for pair in (*task.pairs, *task.contests, *task.claimed)
+    ]
     family = {(k, frozenset((pair.arm, pair.reference))): pair.p for k, pair in ids}
     adjusted = dict(zip(family, stats.holm(list(family.values())), strict=True)) if family else {}
 
@@ -126,6 +179,7 @@ def _adjusted(tasks: list[TaskComparison]) -> tuple[TaskComparison, ...]:
             update={
                 "pairs": tuple(fill(k, pair) for pair in task.pairs),
                 "contests": tuple(fill(k, pair) for pair in task.contests),
+                "claimed": tuple(fill(k, pair) for pair in task.claimed),
                 "definition": task.definition.model_copy(update={"family_size": len(family)}),
             }
         )

@@ -5,15 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from qatbench.errors import ArtifactError, PrerequisiteError
-from qatbench.report.figures import TRAINING_FIGURE, figures
+from qatbench.report import html, latex
+from qatbench.report.changes import change_rows, group_rows
+from qatbench.report.claims import claim_rows
+from qatbench.report.figures import figures
 from qatbench.report.markdown import render
 from qatbench.report.model import Comparison
 from qatbench.report.tables import ablation_rows, arm_rows, pair_rows
+from qatbench.stages import gallery
 from qatbench.store import write_text
 
 COMPARISON = "comparison.json"
