@@ -53,7 +53,6 @@ def scroll_to(driver: Any, anchor: str) -> bool:
     return bool(
         driver.execute_script(
             "const part = document.getElementById(arguments[0]);"
-            "document.documentElement.style.scrollBehavior = 'auto';"
             "if (part) part.scrollIntoView(); return part !== null;",
             anchor,
         )

@@ -15,12 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest, norm
 
 from qatbench.errors import UsageError
+from qatbench.stats_resample import Array, aligned, clustered, interval, resampled, tail_at
 
-Array = NDArray[np.float64]
 Verdict = Literal["equivalent", "better", "worse", "undecided"]
 
-_CHUNK_BYTES = 32 << 20  # counts of one chunk; their float copy in the product doubles it
 _POWER = 0.8
+_TINY = 1e-6  # of a question
 
 
 class PairedCounts(NamedTuple):
@@ -33,7 +33,7 @@ class PairedCounts(NamedTuple):
 
 
 class PairedDifference(NamedTuple):
-    """mean(a) - mean(b) with its percentile interval (fractions)."""
+    """mean(a) - mean(b) with its bootstrap interval (fractions)."""
 
     difference: float
     low: float
@@ -51,6 +51,18 @@ class Equivalence(NamedTuple):
     low: float
     high: float
     n_needed: int
+    p: float  # of equivalence: the larger of the two one-sided p-values at the margin
+
+
+class RecoveredShare(NamedTuple):
+    """Outcome of `recovery`; the share and its interval are None where there is no telling."""
+
+    share: float | None
+    low: float | None
+    high: float | None
+    loss: float  # full - ptq, a fraction, and its interval
+    loss_low: float
+    loss_high: float
 
 
 def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -91,10 +103,10 @@ def paired_counts(a: ArrayLike, b: ArrayLike) -> PairedCounts:
     Shapes: a, b (n,), 0/1 or bool, the same questions in the same order.
     Raises: UsageError if empty, of unequal lengths, NaN, or a value is neither 0 nor 1.
     """
-    x, y = _pair(a, b)
-    if not np.isin(np.concatenate((x, y)), (0.0, 1.0)).all():
+    table = aligned(a, b)
+    if not np.isin(table, (0.0, 1.0)).all():
         raise UsageError("paired_counts: every entry must be 0 or 1 (one seed at a time)")
-    right_a, right_b = x == 1, y == 1
+    right_a, right_b = table.T == 1
     cells = (right_a & right_b, right_a & ~right_b, ~right_a & right_b, ~(right_a | right_b))
     return PairedCounts(*(int(cell.sum()) for cell in cells))
 
@@ -110,8 +122,8 @@ def paired_bootstrap(
 ) -> PairedDifference:
     """Percentile bootstrap of mean(a) - mean(b) that resamples whole clusters of questions.
 
-    With few differing clusters (fewer than about ten) a percentile interval is too short: read
-    `mcnemar_exact` beside it.
+    The percentiles are widened as Student's t is (`stats_resample.interval`). With fewer than
+    about ten differing clusters no such interval keeps its level: read `mcnemar_exact` beside it.
 
     Shapes: a, b (n,), correctness in [0, 1] on the same questions in the same order, a mean over
         seeds allowed; clusters (n,), questions with one id are drawn together (None: each alone).
@@ -122,11 +134,10 @@ def paired_bootstrap(
     Source: Efron & Tibshirani 1993, ch. 13; why clusters: arXiv:2411.00640.
     """
     _check_level(level)
-    sums, sizes = _cluster_sums(a, b, clusters)
-    means = _resampled_means(sums, sizes, draws, seed)
-    low, high = _percentiles(means, level)
-    n = int(sizes.sum())
-    return PairedDifference(float(sums.sum() / n), low, high, draws, n, len(sums))
+    sums, sizes = _differences(a, b, clusters)
+    mean = float(sums.sum() / sizes.sum())
+    low, high = interval(_means(sums, sizes, draws, seed), sums - mean * sizes, level)
+    return PairedDifference(mean, low, high, draws, int(sizes.sum()), len(sums))
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
@@ -157,14 +168,15 @@ def tost_paired(
     draws: int = 10_000,
     seed: int = 0,
 ) -> Equivalence:
-    """Is arm a as good as arm b, within +-margin? Two one-sided tests on one bootstrap.
+    """Is arm a as good as arm b, within +-margin? Two one-sided bootstrap tests.
 
     With alpha = 1 - level, the first rule that holds is the verdict:
 
     1. "equivalent": the (1 - 2 alpha) interval (90 % at level 0.95) lies strictly inside
-       (-margin, margin), and there are at least log(alpha) / log(1 - margin) clusters (149 at
-       0.02): with fewer, even a full margin of questions that differ could go unseen more often
-       than alpha, and two arms that agree on ten questions would count as proven equal.
+       (-margin, margin), and p is below alpha. p (`stats_resample.tail_at`, the larger of both
+       sides) is at least (1 - margin)^clusters: with fewer than 149 at 0.02, even a full margin of
+       questions that differ could go unseen more often than alpha, and two arms that agree on ten
+       questions would count as proven equal.
     2. "better" / "worse": the two-sided `level` interval lies above / below 0, and at least
        1 + log2(1 / alpha) clusters differ (6 at 0.95): with fewer, no exact sign test at that
        level can reject.
@@ -173,9 +185,9 @@ def tost_paired(
     So a difference that is real but surely smaller than the margin is "equivalent".
 
     Shapes: a, b, clusters as in `paired_bootstrap`; margin is a fraction in (0, 1), 0.02 = 2 pp.
-    Returns: the verdict on a, the difference, its (1 - 2 alpha) interval, and n_needed: questions
-        for 80 % power to show equivalence if the true difference is 0, at the paired variance per
-        question (clusters included) and the cluster size seen here.
+    Returns: the verdict on a, the difference, its (1 - 2 alpha) interval, n_needed (questions for
+        80 % power to show equivalence if the true difference is 0, at the paired variance per
+        question, clusters included, and the cluster size seen here) and p.
     Raises: UsageError as `paired_bootstrap`, for a margin outside (0, 1) or a level not above 0.5.
     Source: Schuirmann 1987, doi:10.1007/BF01068419 (equivalent = the 1 - 2 alpha interval inside).
     """
@@ -184,23 +196,57 @@ def tost_paired(
         raise UsageError(f"tost_paired: level must be above 0.5, got {level}")
     if not 0 < margin < 1:
         raise UsageError(f"margin must lie in (0, 1), got {margin}", hint="0.02 is 2 points")
-    sums, sizes = _cluster_sums(a, b, clusters)
-    means = _resampled_means(sums, sizes, draws, seed)
-    alpha = 1 - level
-    low, high = _percentiles(means, 1 - 2 * alpha)
-    wide_low, wide_high = _percentiles(means, level)
-    enough_clusters = len(sums) >= _fewest_clusters(margin, alpha)
+    sums, sizes = _differences(a, b, clusters)
+    means, alpha = _means(sums, sizes, draws, seed), 1 - level
+    difference = float(sums.sum() / sizes.sum())
+    influence = sums - difference * sizes
+    low, high = interval(means, influence, 1 - 2 * alpha)
+    wide_low, wide_high = interval(means, influence, level)
+    p = max(tail_at(side, sizes, margin, draws, seed) for side in (sums, -sums))
     enough_differ = np.count_nonzero(sums) >= 1 + math.log2(1 / alpha)
 
     verdict: Verdict = "undecided"
-    if -margin < low and high < margin and enough_clusters:
+    if -margin < low and high < margin and p < alpha:
         verdict = "equivalent"
     elif wide_low > 0 and enough_differ:
         verdict = "better"
     elif wide_high < 0 and enough_differ:
         verdict = "worse"
-    difference = float(sums.sum() / sizes.sum())
-    return Equivalence(verdict, difference, low, high, _n_needed(sums, sizes, margin, alpha))
+    return Equivalence(verdict, difference, low, high, _n_needed(sums, sizes, margin, alpha), p)
+
+
+def recovery(
+    qat: ArrayLike,
+    ptq: ArrayLike,
+    full: ArrayLike,
+    clusters: Sequence[Hashable] | NDArray[Any] | None = None,
+    *,
+    draws: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> RecoveredShare:
+    """(qat - ptq) / (full - ptq) of the means: the share of what PTQ lost that came back.
+
+    Above 1 where QAT is better than full, below 0 where it is worse than PTQ. Withheld unless the
+    interval of full - ptq lies above 0: a share of nothing is no figure.
+
+    Shapes: three times (n,), as in `paired_bootstrap`, and its `clusters`; all arms are resampled
+        together.
+    Raises: UsageError as `paired_bootstrap`.
+    """
+    _check_level(level)
+    table = aligned(qat, ptq, full)
+    gains = table[:, [0, 2]] - table[:, [1]]  # over ptq
+    sums, sizes = clustered(gains, clusters)
+    drawn = resampled(np.column_stack((sums, sizes)), draws, seed)
+    gained, lost = sums.sum(axis=0) / sizes.sum()
+    low, high = interval(drawn[:, 1] / drawn[:, 2], sums[:, 1] - lost * sizes, level)
+    if low <= 0:
+        return RecoveredShare(None, None, None, float(lost), low, high)
+    share = float(gained / lost)
+    shares = drawn[:, 0] / np.maximum(drawn[:, 1], _TINY)  # the few draws in which nothing was lost
+    bounds = interval(shares, sums[:, 0] - share * sums[:, 1], level)
+    return RecoveredShare(share, *bounds, float(lost), low, high)
 
 
 def _n_needed(sums: Array, sizes: Array, margin: float, alpha: float) -> int:
@@ -219,68 +265,17 @@ def _fewest_clusters(margin: float, alpha: float) -> int:
     return math.ceil(math.log(alpha) / math.log1p(-margin))
 
 
-def _cluster_sums(a: ArrayLike, b: ArrayLike, clusters: Any) -> tuple[Array, Array]:
-    """Per cluster, in order of first appearance: sum of a - b and number of questions, (G,)."""
-    x, y = _pair(a, b)
-    sums, sizes = x - y, np.ones_like(x)
-    if clusters is not None:
-        ids = list(clusters)
-        if len(ids) != len(x):
-            raise UsageError(f"{len(ids)} cluster ids for {len(x)} questions")
-        if any(key is None or key != key for key in ids):  # NaN is not equal to itself
-            raise UsageError("a question without a cluster id (None or NaN)")
-        codes: dict[Hashable, int] = {}
-        code = np.array([codes.setdefault(key, len(codes)) for key in ids])
-        sums = np.bincount(code, weights=sums).astype(np.float64)
-        sizes = np.bincount(code).astype(np.float64)
-    if len(sums) < 2:
-        hint = "give at least two questions that do not share a cluster"
-        raise UsageError("one cluster says nothing about the spread between clusters", hint=hint)
-    return sums, sizes
+def _differences(a: ArrayLike, b: ArrayLike, clusters: Any) -> tuple[Array, Array]:
+    """Per cluster: sum of a - b and number of questions, (G,)."""
+    table = aligned(a, b)
+    sums, sizes = clustered(table[:, :1] - table[:, 1:], clusters)
+    return sums[:, 0], sizes
 
 
-def _resampled_means(sums: Array, sizes: Array, draws: int, seed: int) -> Array:
-    """(draws,) ratio of resampled sums to resampled sizes.
-
-    Clusters with equal (sum, size) are interchangeable, so the number drawn of each *kind* is
-    multinomial: the same distribution as drawing G clusters with replacement, and a few kinds
-    instead of thousands of clusters. Kinds keep the order of first appearance: swapping the arms
-    then draws the same clusters, and mirrors the interval.
-    """
-    if draws < 1:
-        raise UsageError(f"bootstrap draws must be at least 1, got {draws}")
-    pairs = np.column_stack((sums, sizes))
-    _, first, counts = np.unique(pairs, axis=0, return_index=True, return_counts=True)
-    order = np.argsort(first)
-    kinds, shares = pairs[first[order]], counts[order] / len(sums)
-    rng = np.random.default_rng(seed)
-    rows = max(1, _CHUNK_BYTES // (8 * len(kinds)))
-    means = np.empty(draws)
-    for start in range(0, draws, rows):
-        stop = min(start + rows, draws)
-        totals = rng.multinomial(len(sums), shares, size=stop - start) @ kinds
-        means[start:stop] = totals[:, 0] / totals[:, 1]
-    return means
-
-
-def _percentiles(means: Array, level: float) -> tuple[float, float]:
-    low, high = np.quantile(means, ((1 - level) / 2, (1 + level) / 2))
-    return float(low), float(high)
-
-
-def _pair(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
-    """Both as (n,) float64, finite, n >= 1."""
-    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if x.ndim != 1 or y.ndim != 1:
-        raise UsageError(f"need one value a question, got shapes {x.shape} and {y.shape}")
-    if len(x) != len(y):
-        hint = "compare arms on the questions that both answered"
-        raise UsageError(f"paired arms have {len(x)} and {len(y)} questions", hint=hint)
-    if len(x) == 0:
-        raise UsageError("no questions to compare")
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise UsageError("NaN or infinite correctness", hint="score a crashed question as 0")
-    return x, y
+def _means(sums: Array, sizes: Array, draws: int, seed: int) -> Array:
+    """(draws,) ratio of resampled sums to resampled sizes."""
+    drawn = resampled(np.column_stack((sums, sizes)), draws, seed)
+    return drawn[:, 0] / drawn[:, 1]
 
 
 def _count(value: float, name: str) -> int:

@@ -22,6 +22,7 @@ LEVELS = {
     "ui": 2,
     "store": 2,
     "stats": 2,
+    "stats_resample": 2,
     "tasks": 2,
     "report": 2,
     "quant": 3,
@@ -35,11 +36,12 @@ LEVELS = {
 }
 BESIDE = {
     ("recipe_file", "recipe"),  # inside a level: a file and what it holds
+    ("stats", "stats_resample"),
     ("tasks", "mini"),  # `--data mini`: inside a function, for the folder of the built-in questions
     ("mini", "vlm"),
 }
-WITHOUT_TORCH = ("errors", "recipe", "recipe_file", "records", "ui", "store", "stats", "tasks",
-                 "report")  # fmt: skip
+WITHOUT_TORCH = ("errors", "recipe", "recipe_file", "records", "ui", "store", "stats",
+                 "stats_resample", "tasks", "report")  # fmt: skip
 LIGHT_MODULES = (
     "qatbench.cli",
     "qatbench.ui",

@@ -167,7 +167,7 @@ def test_bootstrap_agrees_with_scipy_and_with_the_normal_interval() -> None:
 
 
 def test_small_chunks_still_draw_the_right_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qatbench.stats._CHUNK_BYTES", 1000)  # a few draws a chunk
+    monkeypatch.setattr("qatbench.stats_resample._CHUNK_BYTES", 1000)  # a few draws a chunk
     a, b = arms(400)
     got = paired_bootstrap(a, b, draws=5001)
     half = 1.96 * (a - b).std() / 20

@@ -30,6 +30,7 @@ from qatbench.report.verdict import margin_words
 
 TEMPLATES = Path(__file__).with_name("templates")
 METHOD_HEADING = "## How the numbers are computed"
+UNTESTED = "not testable here"
 _FIGURES = {
     "accuracy": "Accuracy of every arm with its interval",
     "pareto": "Accuracy against what an arm costs",
@@ -83,7 +84,7 @@ def render(
         for k, task in enumerate(comparison.tasks, start=1)
     ]
     placed = {path for task in comparison.tasks for path in _figures_of(task, drawn)}
-    return _template().render(
+    page = _template().render(
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
         comparison=comparison,
@@ -104,6 +105,7 @@ def render(
         warned=sum(len(task.warnings) for task in comparison.tasks),
         contested=any(task.contests for task in comparison.tasks),
     )
+    return page.lstrip()
 
 
 @cache
@@ -183,9 +185,14 @@ def _training(comparison: Comparison, figures: Mapping[str, str]) -> dict[str, A
 
 
 def _claims(comparison: Comparison) -> dict[str, Any]:
-    """The claims, and how many have each verdict."""
+    """The claims that could be tested, the others, and how many have each verdict."""
     counts: dict[str, int] = {}
     for claim in comparison.claims:
         counts[claim.verdict] = counts.get(claim.verdict, 0) + 1
-    words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    return {"rows": comparison.claims, "words": words}
+    tasks = "|".join(re.escape(task.definition.task) for task in comparison.tasks)
+    told = [(claim, re.split(rf"; (?=(?:{tasks})[,:])", claim.here)) for claim in comparison.claims]
+    return {
+        "words": ", ".join(f"{count} {verdict}" for verdict, count in counts.items()),
+        "tested": [pair for pair in told if pair[0].verdict != UNTESTED],
+        "untested": [pair for pair in told if pair[0].verdict == UNTESTED],
+    }

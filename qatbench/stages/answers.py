@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qatbench.records import Prediction
-from qatbench.stages.arms import Arm, Run, Sheet
+from qatbench.stages.arms import Arm, Run
+from qatbench.stages.sheets import Sheet
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

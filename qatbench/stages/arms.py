@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from pydantic import ValidationError
 
 from qatbench.errors import ArtifactError, PrerequisiteError
 from qatbench.records import Metrics, Prediction, TaskMetrics
 from qatbench.report.model import CheckpointFacts
 from qatbench.stages.metrics import units as questions
-from qatbench.stages.paired import Scores
 from qatbench.store import prediction_lines, predictions_file
 
 PREDICTIONS, METRICS, PROVENANCE = "predictions.jsonl", "metrics.json", "provenance.json"
@@ -61,15 +59,6 @@ class Arm(NamedTuple):
         return CheckpointFacts(**merged)
 
 
-class Sheet(NamedTuple):
-    """One task: which questions count, and who was right on them."""
-
-    task: str
-    keys: tuple[str, ...]  # the questions, sorted
-    scores: dict[str, Scores]  # by arm
-    dropped: dict[str, int]  # arm -> questions left out
-
-
 def _joined(field: str, known: list[Any]) -> Any:
     """One value of those that the seeds state."""
     if field.endswith("_seconds"):
@@ -87,15 +76,6 @@ def load_arms(folders: Sequence[Path]) -> list[Arm]:
     arms = [Arm(name, tuple(_load_run(*run) for run in runs)) for name, runs in found]
     made = {_model(run): run for arm in arms for run in arm.runs if run.checkpoint}
     return [Arm(arm.name, tuple(_with_sources(run, made) for run in arm.runs)) for arm in arms]
-
-
-def line_up(arms: Sequence[Arm], *, intersection: bool) -> list[Sheet]:
-    """Line up the questions of every task that the arms share.
-
-    Raises: ArtifactError if tasks, questions or gold answers differ and not `intersection`, or if
-        nothing is shared.
-    """
-    return [_sheet(arms, task, intersection) for task in _tasks(arms, intersection)]
 
 
 def _named(folders: Sequence[Path]) -> list[tuple[str, Path]]:
@@ -234,70 +214,6 @@ def _facts(card: dict[str, Any], path: Path) -> CheckpointFacts:
         return CheckpointFacts.model_validate(stated)
     except ValidationError as error:
         raise _damaged(path, error) from error
-
-
-def _tasks(arms: Sequence[Arm], intersection: bool) -> list[str]:
-    """Tasks of every run, in the first run's order."""
-    runs = [(arm.name, run) for arm in arms for run in arm.runs]
-    first = list(runs[0][1].units)
-    shared = [task for task in first if all(task in run.units for _, run in runs)]
-    for name, run in runs:
-        if not intersection and set(run.units) != set(first):
-            raise ArtifactError(
-                f"{arms[0].name} answered {', '.join(first)}; {name} ({run.folder}) answered"
-                f" {', '.join(run.units)}",
-                hint="evaluate all arms on the same tasks, or compare with --intersection",
-            )
-    if not shared:
-        raise ArtifactError("the arms share no task", hint="evaluate all arms on the same task")
-    return shared
-
-
-def _sheet(arms: Sequence[Arm], task: str, intersection: bool) -> Sheet:
-    """Line up the questions: equal ids, rows and golds in every run, or an error."""
-    signed = [(arm, run, _signatures(run, task)) for arm in arms for run in arm.runs]
-    _, first_run, first = signed[0]
-    shared = set(first.items()).intersection(*(mine.items() for _, _, mine in signed))
-    for arm, run, mine in signed:
-        if not intersection and mine != first:
-            raise ArtifactError(
-                f"{task}: {arms[0].name} and {arm.name} answered different questions:"
-                f" {_mismatch(first, mine)} ({first_run.folder}, {run.folder})",
-                hint="evaluate both on one question set, or compare with --intersection",
-            )
-    if not shared:
-        raise ArtifactError(
-            f"{task}: the arms share no question", hint="evaluate all arms on the same data"
-        )
-    keys = tuple(sorted(key for key, _ in shared))
-    scores = {arm.name: _scores(arm, task, keys) for arm in arms}
-    dropped = {arm.name: 0 for arm in arms} if intersection else {}
-    for arm, _, mine in signed if intersection else ():
-        dropped[arm.name] = max(dropped[arm.name], len(mine) - len(keys))
-    return Sheet(task, keys, scores, dropped)
-
-
-def _signatures(run: Run, task: str) -> dict[str, frozenset[tuple[str, str | None]]]:
-    return {key: frozenset((r.id, r.gold) for r in rows) for key, rows in run.units[task].items()}
-
-
-def _mismatch(first: dict[str, Any], other: dict[str, Any]) -> str:
-    """Say how two question sets differ, with one example."""
-    missing, extra = first.keys() - other.keys(), other.keys() - first.keys()
-    if missing or extra:
-        return f"{len(missing)} missing, {len(extra)} more, such as {min(missing | extra)}"
-    changed = [key for key in first if first[key] != other[key]]
-    return f"{len(changed)} with another gold answer or other rows, such as {min(changed)}"
-
-
-def right_of(run: Run, task: str, keys: Iterable[str]) -> list[int]:
-    """1 for each question all of whose rows are right, else 0."""
-    return [int(all(row.right for row in run.units[task][key])) for key in keys]
-
-
-def _scores(arm: Arm, task: str, keys: Iterable[str]) -> Scores:
-    right = np.array([right_of(run, task, keys) for run in arm.runs], dtype=np.int64)
-    return Scores(arm.name, arm.seeds, right)
 
 
 def section(content: dict[str, Any], key: str) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from qatbench.stages.answers import (
     lay_out,
     margins,
 )
-from qatbench.stages.arms import Arm, Sheet
+from qatbench.stages.arms import Arm
 from qatbench.stages.groups import Group, Interval, groups_of, intervals
 from qatbench.stages.paired import LEVEL, partners
+from qatbench.stages.sheets import Sheet
 
 _FLIPS_SHOWN = 24  # each way
 

@@ -10,26 +10,30 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from qatbench import stats
 from qatbench.records import Prediction
 from qatbench.report.model import (
     CONTROL_METHODS,
     ArmResult,
     Comparison,
     Course,
+    Definition,
     PairResult,
     TaskComparison,
 )
 from qatbench.report.warnings import warnings_of
 from qatbench.stages.ablations import settled, with_ablations
-from qatbench.stages.arms import Arm, Sheet, line_up, load_arms, right_of
+from qatbench.stages.adjusted import adjusted
+from qatbench.stages.arms import Arm, load_arms
 from qatbench.stages.changes import agreement, changes
 from qatbench.stages.claims import verdicts
 from qatbench.stages.courses import courses
 from qatbench.stages.definition import definition, text
+from qatbench.stages.noise import noise
 from qatbench.stages.paired import Scores, pair_result, wilson_of_mean
+from qatbench.stages.recovery import recoveries
+from qatbench.stages.sheets import QUESTION, Sheet, line_up, right_of
 from qatbench.store import predictions_file
 
 
@@ -39,6 +43,7 @@ class _Settings(NamedTuple):
     draws: int
     seed: int
     out: Path | None
+    cluster: str
 
 
 def compare(
@@ -50,6 +55,7 @@ def compare(
     draws: int = 10_000,
     seed: int = 0,
     out: Path | None = None,
+    cluster: str = QUESTION,
 ) -> Comparison:
     """Compare every arm with the baseline on the questions that all of them answered.
 
@@ -60,6 +66,8 @@ def compare(
         intersection: compare on the shared questions where the arms' question sets differ.
         draws: of the bootstrap over questions.
         seed: of the bootstrap.
+        cluster: what is resampled: each question, or those together that have one value of this
+            field of Prediction.meta, e.g. image.
         out: where the comparison will lie; the predictions are named relative to it.
 
     Raises: PrerequisiteError if a run is missing or unfinished; ArtifactError if one is damaged or
@@ -74,11 +82,11 @@ def compare(
         folders.setdefault(path.resolve(), path)
     arms = load_arms(list(folders.values()))
     reference = arms[list(folders).index(baseline.resolve())].name
-    settings = _Settings(margin, intersection, draws, seed, out)
-    sheets = line_up(arms, intersection=intersection)
+    settings = _Settings(margin, intersection, draws, seed, out, cluster)
+    sheets = line_up(arms, intersection=intersection, cluster=cluster)
     training = courses(arms)
     tasks = [_compare_task(arms, sheet, reference, settings, training) for sheet in sheets]
-    blocks = settled(_adjusted(tasks))
+    blocks = settled(adjusted(tasks))
     claims = verdicts(blocks, reference)
     return Comparison(baseline=reference, tasks=blocks, training=training, claims=claims)
 
@@ -94,21 +102,15 @@ def _compare_task(
 
     def scored(arm: Scores, reference: Scores) -> PairResult:
         return pair_result(
-            arm, reference, margin=settings.margin, draws=settings.draws, seed=settings.seed
-        )
+            arm, reference, margin=settings.margin, draws=settings.draws, seed=settings.seed,
+            clusters=sheet.clusters,
+        )  # fmt: skip
 
     def against(arm: str, reference: str) -> PairResult:
         return scored(sheet.scores[arm], sheet.scores[reference])
 
     block = TaskComparison(
-        definition=definition(
-            arms,
-            sheet,
-            margin=settings.margin,
-            intersection=settings.intersection,
-            draws=settings.draws,
-            seed=settings.seed,
-        ),
+        definition=_definition(arms, sheet, settings),
         arms=tuple(_arm_result(arm, sheet, settings.out) for arm in arms),
         pairs=tuple(against(arm.name, baseline) for arm in arms if arm.name != baseline),
         contests=(),
@@ -123,7 +125,7 @@ def _compare_task(
     warnings = warnings_of(block.definition, block.arms, block.pairs, disagree, training)
     block = block.model_copy(update={"claimed": claimed, "warnings": warnings})
     block = with_ablations(block, arms, training, sheet.scores, scored)
-    return block.model_copy(update=_changed(arms, sheet, block, settings))
+    return block.model_copy(update=_changed(arms, sheet, block, baseline, settings))
 
 
 def _claimed(block: TaskComparison, baseline: str) -> Iterator[tuple[str, str]]:
@@ -143,7 +145,7 @@ def _claimed(block: TaskComparison, baseline: str) -> Iterator[tuple[str, str]]:
 
 
 def _changed(
-    arms: list[Arm], sheet: Sheet, block: TaskComparison, settings: _Settings
+    arms: list[Arm], sheet: Sheet, block: TaskComparison, baseline: str, settings: _Settings
 ) -> dict[str, object]:
     """What changed in every stated pair.
 
@@ -154,37 +156,21 @@ def _changed(
     met = {name for pair in block.contests for name in (pair.arm, pair.reference)}
     shown = [(p.arm, p.reference) for p in block.contests]
     shown += [(p.arm, p.reference) for p in block.pairs if p.arm in met or len(block.pairs) == 1]
-    told = changes(
-        arms, sheet, stated, shown=shown, draws=settings.draws, seed=settings.seed
+    how: Any = {"clusters": sheet.clusters, "draws": settings.draws, "seed": settings.seed}
+    full = [arm.name for arm in block.arms if arm.family == "16-bit"]
+    return {
+        "changes": changes(arms, sheet, stated, shown=shown, **how),
+        "agreement": agreement(arms, sheet),
+        "recovery": recoveries(block, sheet.scores, baseline, **how),
+        "noise": noise(arms, sheet, full),
+    }
+
+
+def _definition(arms: list[Arm], sheet: Sheet, settings: _Settings) -> Definition:
+    return definition(
+        arms, sheet, margin=settings.margin, intersection=settings.intersection,
+        draws=settings.draws, seed=settings.seed, cluster=settings.cluster,
     )  # fmt: skip
-    return {"changes": told, "agreement": agreement(arms, sheet)}
-
-
-def _adjusted(tasks: list[TaskComparison]) -> tuple[TaskComparison, ...]:
-    """Fill in Holm's p-values: one family of all pairs, a pair stated twice counted once."""
-    ids = [
-        (k, pair)
-        for k, task in enumerate(tasks)
-        for pair in (*task.pairs, *task.contests, *task.claimed)
-    ]
-    family = {(k, frozenset((pair.arm, pair.reference))): pair.p for k, pair in ids}
-    adjusted = dict(zip(family, stats.holm(list(family.values())), strict=True)) if family else {}
-
-    def fill(k: int, pair: PairResult) -> PairResult:
-        p_holm = adjusted[k, frozenset((pair.arm, pair.reference))]
-        return pair.model_copy(update={"p_holm": p_holm})
-
-    return tuple(
-        task.model_copy(
-            update={
-                "pairs": tuple(fill(k, pair) for pair in task.pairs),
-                "contests": tuple(fill(k, pair) for pair in task.contests),
-                "claimed": tuple(fill(k, pair) for pair in task.claimed),
-                "definition": task.definition.model_copy(update={"family_size": len(family)}),
-            }
-        )
-        for k, task in enumerate(tasks)
-    )
 
 
 def _arm_result(arm: Arm, sheet: Sheet, out: Path | None) -> ArmResult:

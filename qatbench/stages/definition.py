@@ -6,12 +6,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qatbench.report.model import Definition, Setting
-from qatbench.stages.arms import Arm, Run, Sheet, section
+from qatbench.stages.arms import Arm, Run, section
 from qatbench.stages.paired import LEVEL
+from qatbench.stages.sheets import Sheet
 
 
 def definition(
-    arms: Sequence[Arm], sheet: Sheet, *, margin: float, intersection: bool, draws: int, seed: int
+    arms: Sequence[Arm],
+    sheet: Sheet,
+    *,
+    margin: float,
+    intersection: bool,
+    draws: int,
+    seed: int,
+    cluster: str,
 ) -> Definition:
     """Everything that the runs state about how they came about; the Holm families are not known."""
     runs = [run for arm in arms for run in arm.runs]
@@ -49,6 +57,7 @@ def definition(
         family_size=0,
         recipe=next(filter(None, recipes), None),
         model=_models(arms),
+        cluster=cluster,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qatbench.errors import ArtifactError, UsageError
+from qatbench.errors import ArtifactError
 from qatbench.records import Question
 from qatbench.report.model import Comparison, TaskComparison
 from qatbench.tasks import selector
@@ -14,22 +14,16 @@ def load(comparison: Comparison, paths: Mapping[str, str]) -> dict[tuple[str, st
     """Read the questions of every flip: (task, id of its row) -> question.
 
     `paths` says where a task's data are, as in `selector.load`; of a user's own questions, which
-    file they are. Tasks that are not in it are left out: their cards hold ids and letters.
+    file they are. Of tasks that are not in it nothing is read: their cards hold ids and letters.
 
-    Raises: UsageError for a task that the comparison does not have; ArtifactError if the data hold
-        no such question or another answer; what the task's loader raises.
+    Raises: ArtifactError if the data hold no such question or another answer; what the task's
+        loader raises.
     """
-    known = {task.definition.task: task for task in comparison.tasks}
-    for name in paths:
-        if name not in known:
-            raise UsageError(
-                f"--data {name}={paths[name]}: the comparison has no task {name!r}",
-                hint=f"its tasks: {', '.join(known)}",
-            )
     return {
-        (name, question.id): question
-        for name in paths
-        for question in _flipped(known[name], paths[name])
+        (task.definition.task, question.id): question
+        for task in comparison.tasks
+        if task.definition.task in paths
+        for question in _flipped(task, paths[task.definition.task])
     }
 
 

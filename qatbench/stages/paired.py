@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -24,23 +25,33 @@ class Scores(NamedTuple):
 
 
 def pair_result(
-    arm: Scores, reference: Scores, *, margin: float, draws: int, seed: int
+    arm: Scores,
+    reference: Scores,
+    *,
+    margin: float,
+    draws: int,
+    seed: int,
+    clusters: Sequence[str] | None = None,
 ) -> PairResult:
     """Compare two arms; `p_holm` is still `p`, for the caller to adjust.
 
-    Raises: UsageError if there are fewer than two questions or margin is not in (0, 1).
+    With `clusters`, one a question, questions of one cluster are resampled together, and their
+    signs are flipped together; the p of single seeds do not know of them.
+
+    Raises: UsageError if there are fewer than two clusters or margin is not in (0, 1).
     """
     a, b = arm.right.mean(axis=0), reference.right.mean(axis=0)
-    interval = stats.paired_bootstrap(a, b, draws=draws, level=LEVEL, seed=seed)
-    tost = stats.tost_paired(a, b, margin, level=LEVEL, draws=draws, seed=seed)
+    interval = stats.paired_bootstrap(a, b, clusters, draws=draws, level=LEVEL, seed=seed)
+    tost = stats.tost_paired(
+        a, b, margin, clusters=clusters, level=LEVEL, draws=draws, seed=seed
+    )  # fmt: skip
     pairs = tuple(_seed_pair(arm, reference, i, j) for i, j in partners(arm.seeds, reference.seeds))
-    if len(arm.seeds) == len(reference.seeds) == 1:
+    if clusters is None and len(arm.seeds) == len(reference.seeds) == 1:
         p = pairs[0].p
     else:  # one denominator for both means: seeds of the one times seeds of the other
-        p = sign_flip_test(
-            arm.right.sum(axis=0) * len(reference.seeds)
-            - reference.right.sum(axis=0) * len(arm.seeds)
-        )
+        differences = arm.right.sum(axis=0) * len(reference.seeds)
+        differences -= reference.right.sum(axis=0) * len(arm.seeds)
+        p = sign_flip_test(differences if clusters is None else _by_cluster(differences, clusters))
     return PairResult(
         arm=arm.name,
         reference=reference.name,
@@ -49,12 +60,20 @@ def pair_result(
         high=interval.high,
         p=p,
         p_holm=p,
+        p_equivalence=tost.p,
         verdict=tost.verdict,
         n_needed=tost.n_needed,
         seed_pairs=pairs,
         lost=sum(pair.lost for pair in pairs) / len(pairs) if pairs else None,
         gained=sum(pair.gained for pair in pairs) / len(pairs) if pairs else None,
     )
+
+
+def _by_cluster(differences: Counts, clusters: Sequence[str]) -> Counts:
+    _, place = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.zeros(place.max() + 1, dtype=np.int64)
+    np.add.at(sums, place, differences)
+    return sums
 
 
 def sign_flip_test(differences: Counts) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 from qatbench.records import Question
@@ -18,9 +20,18 @@ def meta_of(question: Question, *, circular: bool) -> dict[str, Any]:
         "category": question.category,
         "l2_category": question.l2_category,
         "grade": question.grade,
+        "skill": question.skill,
         "has_image": question.has_image,
+        "image": _digest(question.image),
         "has_hint": bool(question.hint) if alone else None,
         "group" if circular else "pass_of": question.group,
         "circular_pass": None if alone else question.circular_pass,
     }
     return {key: value for key, value in meta.items() if value is not None}
+
+
+def _digest(image: Path | bytes | None) -> str | None:
+    """What tells pictures apart, without showing them; None for one that is not there."""
+    if isinstance(image, Path):
+        image = image.read_bytes() if image.is_file() else None
+    return None if image is None else hashlib.sha256(image).hexdigest()[:12]

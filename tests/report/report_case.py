@@ -26,6 +26,7 @@ from qatbench.store import prediction_lines, predictions_file
 
 MINI = Path(__file__).resolve().parents[2] / "results" / "mini"
 KINDS = ("subject", "category", "l2_category")
+KEPT = 10  # flips of a contest
 CLAIMS = (
     ("ptq-4-bit", "At 4 bits PTQ is close to 16 bits.", "reproduced", "-0.5 [-1.3, +0.3] points"),
     ("grace-above-qat", "GRACE is above plain QAT at INT4.", "contradicted",
@@ -97,7 +98,7 @@ def _changes(arm: str, reference: str, rows: dict[str, dict[str, Prediction]], *
     changed = [(mine, other) for mine, other in pairs if mine.right != other.right]
     changed.sort(key=lambda pair: -abs((_margin(pair[0]) or 0) - (_margin(pair[1]) or 0)))
     gained = sum(mine.right for mine, _ in changed)
-    shown = changed[:24] if flips else []
+    shown = changed[:KEPT] if flips else []
     return Changes(
         arm=arm, reference=reference,
         both_right=sum(a.right and b.right for a, b in pairs),
@@ -148,8 +149,9 @@ def _groups(pairs: list[tuple[Prediction, Prediction]]) -> list[GroupChange]:
 
 
 def _agreement(arms: list[str], rows: dict[str, dict[str, Prediction]]) -> Agreement:
+    some = list(rows[arms[0]])[:300]
+
     def share(one: str, other: str) -> float:
-        alike = [row.chosen == rows[other][key].chosen for key, row in rows[one].items()]
-        return sum(alike) / len(alike)
+        return sum(rows[one][k].chosen == rows[other][k].chosen for k in some) / len(some)
 
     return Agreement(arms=tuple(arms), share=tuple(tuple(share(a, b) for b in arms) for a in arms))
