@@ -95,4 +95,5 @@ def percentiles(sizes: Ints, counts: Ints, denominator: int, level: float) -> tu
     tail = (1 - level) / 2
     low = int(np.argmax(np.cumsum(chances) >= tail))
     high = length - 1 - int(np.argmax(np.cumsum(chances[::-1]) >= tail))
-    return (least + unit * low / n) / denominator, (least + unit * high / n) / denominator
+    low_sum, high_sum = (n * least + unit * reached for reached in (low, high))
+    return low_sum / (n * denominator), high_sum / (n * denominator)
