@@ -449,6 +449,16 @@ def test_the_section_says_it_in_words_and_shows_groups_of_contests_only(tmp_path
     assert "| same answer % | base | gptq | qat |" in text
 
 
+def test_a_contest_against_the_baseline_is_told_once(tmp_path: Path) -> None:
+    told(tmp_path)
+    folders = [tmp_path / name for name in ("base", "gptq", "qat")]
+    comparison = with_changes(compare(folders, folders[1], draws=50), folders)
+    text = section(comparison, comparison.tasks[0])
+    (line,) = [line for line in text.splitlines() if line.startswith("- ")]
+    assert line.startswith("- `qat` against `gptq`: of 300")
+    assert [r["pair"] for r in change_rows(comparison)] == ["base - gptq", "qat - gptq"]
+
+
 def test_without_scores_nothing_is_said_of_distributions(tmp_path: Path) -> None:
     comparison = told(tmp_path, scores=None)
     text = section(comparison, comparison.tasks[0])
