@@ -248,6 +248,7 @@ def _nats(value: float) -> str:
     """Two significant digits, at most four decimals: 0.0013, 0.35, 4.9, 12."""
     if abs(value) < 5e-5:
         return "0"
+    value = float(f"{value:.2g}")  # first, so that 0.0999 is 0.10
     digits = max(0, 1 - math.floor(math.log10(abs(value))))
     return f"{value:.{min(digits, 4)}f}"
 
