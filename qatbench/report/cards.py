@@ -206,18 +206,17 @@ def _price(decision: Decision, outcome: Outcome) -> str:
     mine, theirs = tables.price(qat), tables.price(ptq)
     if UNKNOWN in (mine, theirs):
         return "What they cost to make is not recorded."
-    times = ""
-    if qat.cost_seconds and ptq.cost_seconds and qat.cost_seconds / ptq.cost_seconds >= 1.5:
-        ratio = qat.cost_seconds / ptq.cost_seconds
-        times = f", {ratio:.0f} times as much" if ratio >= 9.5 else f", {ratio:.1f} times as much"
+    gain = tables.points(decision.contest.difference) if decision.contest else UNKNOWN
     gains: dict[Outcome, str] = {
-        "ahead": f"for {tables.points(decision.contest.difference)} points"
-        if decision.contest
-        else "",
+        "ahead": f"for {gain} points",
         "behind": "for less",
         "equivalent": "for the same",
         "open": "for a gain that is not shown",
     }
+    ratio = (qat.cost_seconds or 0) / (ptq.cost_seconds or 1)
+    if ratio < 1:
+        return f"QAT costs no more here: {mine} instead of {theirs}, {gains[outcome]}."
+    times = f", {ratio:.{0 if ratio >= 9.5 else 1}f} times as much" if ratio >= 1.5 else ""
     return f"The price of QAT: {mine} instead of {theirs}{times}, {gains[outcome]}."
 
 
