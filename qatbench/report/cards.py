@@ -15,7 +15,7 @@ from qatbench.report.verdict import Decision, decisions, margin_words
 Outcome = Literal["ahead", "behind", "equivalent", "open", "alone"]  # QAT beside PTQ
 
 METHODS = {
-    "rtn": "round to nearest",
+    "rtn": "RTN",
     "gptq": "GPTQ",
     "awq": "AWQ",
     "autoround": "AutoRound",
@@ -193,6 +193,11 @@ def _why(task: TaskComparison, decision: Decision, outcome: Outcome) -> str:
     if outcome == "equivalent":
         return f"As good as the best {rival.family} arm, within {margin} points: {cheaper}."
     if outcome == "open":
+        contest = decision.contest
+        if contest and (contest.low > 0 or contest.high < 0):
+            pairs = f"{task.definition.family_size} pairs"
+            ahead = "QAT" if contest.difference > 0 else "PTQ"
+            return f"The lead of {ahead} does not outlive the correction for {pairs}: {cheaper}."
         return f"No difference to the best {rival.family} arm is shown: {cheaper}."
     return f"It beats the best {rival.family} arm, `{rival.name}`, by more than chance would."
 
