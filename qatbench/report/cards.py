@@ -15,7 +15,7 @@ from qatbench.report.verdict import Decision, decisions, margin_words
 Outcome = Literal["ahead", "behind", "equivalent", "open", "alone"]  # QAT beside PTQ
 
 METHODS = {
-    "rtn": "round to nearest",
+    "rtn": "RTN",
     "gptq": "GPTQ",
     "awq": "AWQ",
     "autoround": "AutoRound",
@@ -193,6 +193,11 @@ def _why(task: TaskComparison, decision: Decision, outcome: Outcome) -> str:
     if outcome == "equivalent":
         return f"As good as the best {rival.family} arm, within {margin} points: {cheaper}."
     if outcome == "open":
+        contest = decision.contest
+        if contest and (contest.low > 0 or contest.high < 0):
+            pairs = f"{task.definition.family_size} pairs"
+            ahead = "QAT" if contest.difference > 0 else "PTQ"
+            return f"The lead of {ahead} does not outlive the correction for {pairs}: {cheaper}."
         return f"No difference to the best {rival.family} arm is shown: {cheaper}."
     return f"It beats the best {rival.family} arm, `{rival.name}`, by more than chance would."
 
@@ -206,18 +211,17 @@ def _price(decision: Decision, outcome: Outcome) -> str:
     mine, theirs = tables.price(qat), tables.price(ptq)
     if UNKNOWN in (mine, theirs):
         return "What they cost to make is not recorded."
-    times = ""
-    if qat.cost_seconds and ptq.cost_seconds and qat.cost_seconds / ptq.cost_seconds >= 1.5:
-        ratio = qat.cost_seconds / ptq.cost_seconds
-        times = f", {ratio:.0f} times as much" if ratio >= 9.5 else f", {ratio:.1f} times as much"
+    gain = tables.points(decision.contest.difference) if decision.contest else UNKNOWN
     gains: dict[Outcome, str] = {
-        "ahead": f"for {tables.points(decision.contest.difference)} points"
-        if decision.contest
-        else "",
+        "ahead": f"for {gain} points",
         "behind": "for less",
         "equivalent": "for the same",
         "open": "for a gain that is not shown",
     }
+    ratio = (qat.cost_seconds or 0) / (ptq.cost_seconds or 1)
+    if ratio < 1:
+        return f"QAT costs no more here: {mine} instead of {theirs}, {gains[outcome]}."
+    times = f", {ratio:.{0 if ratio >= 9.5 else 1}f} times as much" if ratio >= 1.5 else ""
     return f"The price of QAT: {mine} instead of {theirs}{times}, {gains[outcome]}."
 
 

@@ -275,7 +275,7 @@ def agreement_table(agreement: Agreement) -> Table:
         (Cell("arm", "", "text"), *(Cell(arm, "", "number") for arm in agreement.arms)),
         tuple(
             (
-                Cell(arm, "", "text"),
+                Cell(Markup("<code>{}</code>").format(arm), "", "name"),
                 *(
                     Cell(tables.percent(share), f"{share:.6g}",
                          f"number shade-{round(9 * (share - least) / span)}")

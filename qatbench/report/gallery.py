@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -67,7 +67,7 @@ class Wall(NamedTuple):
     missing: int  # pictures whose file cannot be read
 
 
-def walls(changes: tuple[Changes, ...], task: str, gallery: Gallery | None) -> list[Wall]:
+def walls(changes: Sequence[Changes], task: str, gallery: Gallery | None) -> list[Wall]:
     """The pairs whose flips are kept, in their order; without `gallery`, of ids and letters."""
     made = []
     for pair in changes:

@@ -25,7 +25,7 @@ from qatbench.report.markdown import render as report_md
 from qatbench.report.model import Comparison, TaskComparison
 from qatbench.report.prose import inline, prose
 from qatbench.report.recovery import sentences
-from qatbench.report.sections import Section, contested, sections
+from qatbench.report.sections import Section, contested, contests_first, sections
 from qatbench.report.verdict import margin_words
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -89,6 +89,7 @@ def render(
         script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
         comparison=comparison,
         recipe=next((t.definition.recipe for t in comparison.tasks if t.definition.recipe), ""),
+        models=dict.fromkeys(name for task in comparison.tasks for name in task.definition.model),
         baseline=comparison.baseline,
         blocks=blocks,
         claims=_claims(comparison),
@@ -131,7 +132,7 @@ def _block(
     made = cards(comparison, task)
     shipped = {card.decision.shipped.name for card in made if card.contest}
     contests = [change for change in task.changes if contested(task, change)]
-    shown = walls(task.changes, task.definition.task, gallery)
+    shown = walls(contests_first(task), task.definition.task, gallery)
     return _Block(
         anchor=anchor,
         task=task,
@@ -143,7 +144,11 @@ def _block(
         behind=sentences(task),
         changed=cells.changes_table("Pairs that the verdict is about", contests),
         walls=shown,
-        unfolded=max(shown, key=lambda wall: wall.changes.lost + wall.changes.gained, default=None),
+        unfolded=max(
+            [wall for wall in shown if wall.changes in contests] or shown,
+            key=lambda wall: wall.changes.lost + wall.changes.gained,
+            default=None,
+        ),
         sections=sections(comparison, task),
         facts=definition_facts(task, comparison.baseline),
     )

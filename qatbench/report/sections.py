@@ -53,7 +53,8 @@ def contested(task: TaskComparison, change: Changes) -> bool:
     return any({p.arm, p.reference} == {change.arm, change.reference} for p in task.contests)
 
 
-def _contests_first(task: TaskComparison) -> list[Changes]:
+def contests_first(task: TaskComparison) -> list[Changes]:
+    """The pairs that the verdict is about, then the others."""
     return sorted(task.changes, key=lambda change: not contested(task, change))
 
 
@@ -79,7 +80,7 @@ def _worth(comparison: Comparison, task: TaskComparison) -> Section:
 
 def _groups(task: TaskComparison) -> Section:
     margin = task.definition.margin
-    made = [cells.groups_table(change, margin) for change in _contests_first(task)]
+    made = [cells.groups_table(change, margin) for change in contests_first(task)]
     return Section(
         "Where they differ: group by group",
         "groups",
@@ -89,7 +90,7 @@ def _groups(task: TaskComparison) -> Section:
 
 
 def _answers(task: TaskComparison) -> list[Section]:
-    every = cells.changes_table("Every pair", _contests_first(task))
+    every = cells.changes_table("Every pair", contests_first(task))
     return [
         Section(
             "What changed, pair by pair",

@@ -8,6 +8,7 @@ import tomllib
 from collections import Counter
 from functools import cache
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,17 @@ def test_ids_are_unique_and_every_link_inside_leads_somewhere() -> None:
     assert {"verdict", "task-1-gallery", "task-2-definition", "claims", "method"} <= inside
 
 
+def test_what_scrolls_can_be_reached_and_has_a_name() -> None:
+    boxes = [a for _, a in filled().elements if "scroll" in (a.get("class") or "").split()]
+    assert len(boxes) > 10
+    assert all((a["tabindex"], a["role"]) == ("0", "region") and a["aria-label"] for a in boxes)
+
+
 def test_headings_skip_no_level() -> None:
     levels = [int(tag[1]) for tag, _ in filled().elements if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
 def test_the_first_screen_ships_what_the_verdict_ships() -> None:
@@ -139,9 +146,10 @@ def test_the_first_screen_ships_what_the_verdict_ships() -> None:
         ({"verdict": "equivalent"}, "equivalent",
          "QAT and PTQ are equivalent within ±1 points at 4 bits.", "As good as the best QAT arm"),
         ({"p_holm": 0.06, "verdict": "undecided"}, "no difference shown",
-         "No difference between QAT and PTQ is shown at 4 bits.", "the cheaper one ships"),
+         "No difference between QAT and PTQ is shown at 4 bits.",
+         "The lead of QAT does not outlive the correction for 3 pairs: the cheaper one ships."),
         ({"low": -0.01, "verdict": "undecided"}, "no difference shown",
-         "No difference between QAT and PTQ is shown at 4 bits.", "the cheaper one ships"),
+         "No difference between QAT and PTQ is shown at 4 bits.", "No difference to the best QAT"),
     ],
 )  # fmt: skip
 def test_a_card_says_how_qat_and_ptq_stand(
@@ -153,6 +161,14 @@ def test_a_card_says_how_qat_and_ptq_stand(
     assert cards.headline(result.tasks[0], [card]) == headline
     assert why in card.why
     assert card.price.startswith("The price of QAT: 8 min instead of 61 s, 8.2 times as much, ")
+
+
+def test_qat_that_costs_less_is_no_price() -> None:
+    dear = GPTQ.model_copy(update={"source_seconds": 900.0})
+    result = comparison(pair(GRACE, dear), BASE, dear, GRACE)
+    (card,) = cards.cards(result, result.tasks[0])
+    assert card.price == "QAT costs no more here: 8 min instead of 16 min, for +6.4 points."
+    assert card.how == "GRACE: trained on the integer grid (QAT)"
 
 
 def test_a_headline_joins_the_grids_with_one_outcome() -> None:
@@ -181,6 +197,8 @@ def test_parts_without_content_are_left_out() -> None:
 
 def test_everything_that_was_found_out_is_on_the_page() -> None:
     text = filled().text()
+    assert "Shown to differ by less than ±1 points" in text
+    assert "Macro" not in text
     for part in ("What each part of GRACE is worth", "Where they differ", "Do the arms answer",
                  "won back: 42 % [20, 70]", "noise floor, seeds of sft", "✓ reproduced",
                  "✗ contradicted", "? undecided", "– not testable here", "DIFFERENT_GRID",
@@ -286,10 +304,10 @@ def test_the_gallery_is_of_the_data_that_were_answered() -> None:
         changes = (change.model_copy(update={"flips": (flip,)}),)
         return case.model_copy(update={"tasks": (task.model_copy(update={"changes": changes}),)})
 
-    with pytest.raises(ArtifactError, match="mini does not hold .*: 99 of scienceqa is missing"):
+    with pytest.raises(ArtifactError, match=r"mini does not hold .*: 99 of scienceqa is missing"):
         load(spoilt(id="99"), {"scienceqa": "mini"})
     gold = "A" if case.tasks[0].changes[-1].flips[0].gold != "A" else "B"
-    with pytest.raises(ArtifactError, match="has the answer . there"):
+    with pytest.raises(ArtifactError, match=r"has the answer . there"):
         load(spoilt(gold=gold), {"scienceqa": "mini"})
 
 
