@@ -57,23 +57,31 @@ def resampled(table: Array, draws: int, seed: int) -> Array:
 
 
 def interval(figures: Array, influence: Array, level: float) -> tuple[float, float]:
-    """Percentile interval of a resampled figure, as wide as Student's t.
+    """Percentile interval of a resampled figure, as wide as Student's t (`widened`).
+
+    Shapes: figures (draws,); influence (G,), each cluster's part in the figure's error.
+    """
+    wide = widened(influence, level)
+    low, high = np.quantile(figures, ((1 - wide) / 2, (1 + wide) / 2))
+    return float(low), float(high)
+
+
+def widened(influence: Array, level: float) -> float:
+    """The level that a percentile interval has to be taken at to keep `level`.
 
     A percentile interval takes the spread between clusters for known. Where few clusters differ it
     is not, and the interval falls short of its level; so the percentiles are those that t has on
     the normal scale, with the degrees of freedom at which a sample variance is as uncertain as
     this one: 2 G / (kurtosis - 1).
 
-    Shapes: figures (draws,); influence (G,), each cluster's part in the figure's error.
+    Shapes: influence (G,), each cluster's part in the figure's error.
     Source: Hesterberg 2015, doi:10.1080/00031305.2015.1089789, sec. 5.3 (expanded percentiles);
         the degrees of freedom after Satterthwaite 1946, doi:10.2307/3002019.
     """
     square = float((influence**2).mean())
     beyond = float((influence**4).mean()) / square**2 - 1 if square > 0 else 0.0
     freedom = 2 * len(influence) / beyond if beyond > _ROUNDING else np.inf
-    upper = float(norm.cdf(t.ppf((1 + level) / 2, freedom)))
-    low, high = np.quantile(figures, (1 - upper, upper))
-    return float(low), float(high)
+    return float(2 * norm.cdf(t.ppf((1 + level) / 2, freedom)) - 1)
 
 
 def tail_at(sums: Array, sizes: Array, mean: float, draws: int, seed: int) -> float:

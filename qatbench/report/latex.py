@@ -60,6 +60,7 @@ def _table(rows: Sequence[Mapping[str, str]], caption: str, label: str) -> str:
 
 def _escaped(text: str) -> str:
     """A name in a caption; what pandas does to the cells of a table."""
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    special |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
-    return text.translate(str.maketrans(special))
+    special = {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    named = (("\\", "backslash"), ("~", "asciitilde"), ("^", "asciicircum"))
+    special |= {sign: rf"\text{name}{{}}" for sign, name in named}
+    return "".join(special.get(sign, sign) for sign in text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qatbench.report import ablations, claims, recovery, tables, training
+from qatbench.report import ablations, changes, claims, recovery, tables, training
 from qatbench.report.model import Comparison, Setting, TaskComparison
 from qatbench.report.verdict import decisions, margin_words, verdict
 
@@ -68,6 +68,8 @@ def render(comparison: Comparison) -> str:
         method += "\n" + ablations.METHOD.format(
             family=first.ablation_family, alpha=1 - first.level
         )
+    if any(task.changes for task in comparison.tasks):
+        method += "\n" + changes.METHOD
     if any(task.recovery or task.noise for task in comparison.tasks):
         method += "\n" + recovery.METHOD
     method += f'\n- "{tables.UNKNOWN}": not recorded.'
@@ -111,6 +113,7 @@ def _task_parts(comparison: Comparison, task: TaskComparison) -> list[str]:
     ]
     sections: list[tuple[str, str]] = [
         ("Won back, and the noise floor", recovery.section(task)),
+        ("What changed", changes.section(comparison, task)),
         ("What each part of GRACE is worth", ablations.section(comparison, task)),
         ("Warnings", "\n".join(warnings)),
         ("Notes", "\n".join(notes)),

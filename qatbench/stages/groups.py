@@ -10,6 +10,7 @@ import numpy as np
 from qatbench import stats
 from qatbench.records import Prediction
 from qatbench.stages.answers import Ints
+from qatbench.stats_resample import widened
 
 KINDS = ("subject", "category", "l2_category", "context")
 
@@ -68,14 +69,15 @@ def intervals(draws: int, seed: int, level: float, clusters: Sequence[Hashable] 
         sizes, counts = np.unique(numerators, return_counts=True)
         key = tuple(sizes.tolist()), tuple(counts.tolist()), denominator
         if key not in known:
-            known[key] = percentiles(sizes, counts, denominator, level)
+            away = numerators - numerators.mean()
+            known[key] = percentiles(sizes, counts, denominator, widened(away, level))
         return known[key]
 
     return interval
 
 
 def percentiles(sizes: Ints, counts: Ints, denominator: int, level: float) -> tuple[float, float]:
-    """The percentile interval that `stats.paired_bootstrap` comes to with ever more draws.
+    """The percentiles that resampling comes to with ever more draws, without drawing.
 
     The sum of n draws has the Fourier inverse of the n-th power of one draw's characteristic
     function as its distribution.

@@ -18,10 +18,11 @@ from qatbench.records import Prediction
 from qatbench.report.changes import agreement_rows, change_rows, group_rows, section
 from qatbench.report.details import Agreement, Changes, GroupChange
 from qatbench.report.model import Comparison, TaskComparison
-from qatbench.stages.arms import Arm, Sheet, line_up, load_arms
+from qatbench.stages.arms import Arm, load_arms
 from qatbench.stages.changes import agreement, changes
 from qatbench.stages.compare import compare
 from qatbench.stages.groups import percentiles
+from qatbench.stages.sheets import Sheet, line_up
 
 PAIR = ("arm", "base")
 

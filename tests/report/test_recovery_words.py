@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from test_markdown import GPTQ, GRACE, comparison, pair
+
 from qatbench.report.details import Noise, Recovery
 from qatbench.report.recovery import section
-from test_markdown import GPTQ, GRACE, comparison, pair
 
 ROW = Recovery(
     arm="grace", ptq="gptq", full="base", grid="4 bits g64",
