@@ -1,29 +1,27 @@
 """Figures beside report.md: SVG text, a pure function of the comparison, the same bytes each time.
 
-They are read on white and on black pages: no background, axes in a grey between the two, and line
-colours that stand out on both and to colour-blind eyes, told apart by dashes as well.
+Of each task the accuracies (`forest`) and what they cost (`pareto`); how the trainings went.
 """
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
+from qatbench.report import forest, pareto
 from qatbench.report.model import Comparison, Course, Curve, Term
+from qatbench.report.svg import COLOURS, STYLE, group_of, slugs, styled, text_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TRAINING_FIGURE = "figures/training.svg"
+PATTERNS = (TRAINING_FIGURE, "figures/accuracy-*.svg", "figures/pareto-*.svg")  # all there can be
 TERMS: tuple[Term, ...] = get_args(Term)
 TOGETHER = 6  # arms; more than these are drawn grid by grid
 MOST_LINES = 8  # in one panel
 
-GREY = "#787878"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#2E93CC", "#B87F00", "#7B6FD0", "#C0507A")
 _DASHES = ("-", (0, (4, 1.5)))  # by turns: a line that lies on its neighbour lets it show
 _LABELS: dict[Term, str] = {
     "ce": "CE, nats a token",
@@ -31,25 +29,6 @@ _LABELS: dict[Term, str] = {
     "rcka": "RCKA, 1 - CKA",
     "gate": "gate",
     "beta": "beta",
-}
-_STYLE: Any = {  # Any: matplotlib lists every name of a setting as a literal
-    "svg.hashsalt": "qatbench",  # else ids are random
-    "svg.fonttype": "none",  # text stays text
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib; a viewer without it takes its own
-    "font.size": 8,
-    "text.color": GREY,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": GREY,
-    "axes.titlesize": 8,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "grid.color": GREY,
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.5,
-    "lines.linewidth": 1.2,
 }
 
 
@@ -61,9 +40,45 @@ class _Group(NamedTuple):
 
 
 def figures(comparison: Comparison) -> dict[str, str]:
-    """Path beside report.md -> SVG; empty when no training was recorded in curves."""
+    """Path beside report.md -> SVG.
+
+    Of each task its accuracies, and its costs where two arms have any; the trainings where their
+    curves were recorded. What `PATTERNS` match beside it and is not here is of an older comparison.
+    """
+    texts: dict[str, str] = {}
+    for task, slug in slugs(comparison):
+        texts[_accuracy(slug)] = forest.draw(task, comparison.baseline)
+        if pareto.panels(task):
+            texts[_pareto(slug)] = pareto.draw(task)
     shown = drawn(comparison)
-    return {TRAINING_FIGURE: _training(_groups(comparison, shown))} if shown else {}
+    return texts | ({TRAINING_FIGURE: _training(_groups(comparison, shown))} if shown else {})
+
+
+def of_task(comparison: Comparison, task: str) -> tuple[str, ...]:
+    """Paths of a task's figures: accuracies, then costs if they are drawn."""
+    block, slug = next((b, s) for b, s in slugs(comparison) if b.definition.task == task)
+    return (_accuracy(slug), _pareto(slug)) if pareto.panels(block) else (_accuracy(slug),)
+
+
+def alt(comparison: Comparison, path: str) -> str:
+    """Say in words what a figure shows, without brackets, which end such a text in Markdown.
+
+    Raises: KeyError if this comparison has no such figure.
+    """
+    words = {TRAINING_FIGURE: _in_words(drawn(comparison))} if drawn(comparison) else {}
+    for task, slug in slugs(comparison):
+        words[_accuracy(slug)] = forest.words(task, comparison.baseline)
+        if pareto.panels(task):
+            words[_pareto(slug)] = pareto.words(task)
+    return words[path].translate(str.maketrans("[]", "()"))
+
+
+def _accuracy(slug: str) -> str:
+    return f"figures/accuracy-{slug}.svg"
+
+
+def _pareto(slug: str) -> str:
+    return f"figures/pareto-{slug}.svg"
 
 
 def drawn(comparison: Comparison) -> tuple[Course, ...]:
@@ -78,7 +93,7 @@ def _groups(comparison: Comparison, shown: Sequence[Course]) -> list[_Group]:
     by_grid: dict[str, list[Course]] = {}
     for course in shown:
         arm = comparison.tasks[0].arm(course.arm)
-        by_grid.setdefault("16 bits" if arm.family == "16-bit" else arm.grid, []).append(course)
+        by_grid.setdefault(group_of(arm), []).append(course)
     return [
         _Group(title, tuple(courses[k : k + MOST_LINES]))
         for title, courses in by_grid.items()
@@ -86,15 +101,22 @@ def _groups(comparison: Comparison, shown: Sequence[Course]) -> list[_Group]:
     ]
 
 
+def _in_words(shown: Sequence[Course]) -> str:
+    names = {"ce": "CE", "kd": "KD", "rcka": "RCKA"}
+    terms = [term for term in TERMS if any(term in course.curves for course in shown)]
+    return (
+        f"Curves over the optimizer steps of {', '.join(names.get(t, t) for t in terms)}, a line"
+        f" an arm: {', '.join(course.arm for course in shown)}. The table below tells where each"
+        " began, was half-way, and ended."
+    )
+
+
 def _training(groups: Sequence[_Group]) -> str:
-    import matplotlib as mpl  # slow to import, and only needed to write a report
     from matplotlib.figure import Figure
 
     courses = [course for group in groups for course in group.courses]
     terms = [term for term in TERMS if any(term in course.curves for course in courses)]
-    with mpl.rc_context():
-        mpl.rcdefaults()  # whatever the user's own settings are
-        mpl.rcParams.update(_STYLE)
+    with styled():
         figure = Figure(layout="constrained")
         lay_out = _together if len(groups) == 1 else _side_by_side
         for group, term, axes in lay_out(figure, groups, terms):
@@ -102,18 +124,8 @@ def _training(groups: Sequence[_Group]) -> str:
                 _legend(axes, group)
             else:
                 _panel(axes, group, term)
-        figure.supxlabel("optimizer step", fontsize=_STYLE["font.size"])
-        stream = io.StringIO()
-        figure.savefig(
-            stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
-        )
-    return re.sub(r'(?<= d=")[^"]+', _shortened, stream.getvalue())
-
-
-def _shortened(path: re.Match[str]) -> str:
-    """Round a path's coordinates to a tenth of a point: half the bytes, and no eye sees it."""
-    rounded = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.1f}", path[0])
-    return re.sub(r"\s*([A-Za-z])\s*", r"\1", rounded)
+        figure.supxlabel("optimizer step", fontsize=STYLE["font.size"])
+        return text_of(figure)
 
 
 def _together(
@@ -170,16 +182,13 @@ def _legend(axes: Axes, group: _Group) -> None:
 
     axes.set_axis_off()
     looks = [_look(k) for k in range(len(group.courses))]
-    legend = axes.legend(
+    axes.legend(
         [Line2D([], [], color=colour, linestyle=dash) for colour, dash in looks],
         [course.arm for course in group.courses],
         title=group.title or None,
         loc="upper left",
-        frameon=False,
         handlelength=2.6,
     )
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a name may hold a dollar sign
 
 
 def _look(k: int) -> tuple[str, Any]:

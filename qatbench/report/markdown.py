@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qatbench.report import ablations, changes, claims, recovery, tables, training
+from qatbench.report import ablations, changes, claims, figures, recovery, tables, training
 from qatbench.report.model import Comparison, Setting, TaskComparison
 from qatbench.report.verdict import decisions, margin_words, verdict
 
@@ -99,6 +99,10 @@ def _task_parts(comparison: Comparison, task: TaskComparison) -> list[str]:
             row["bits/w"] += f" ({list(labels).index(arm.label) + 1})"
     parts = [f"## {definition.task}", verdict(task, comparison.baseline)]
     parts.append(tables.markdown_table(rows, _ARM_TITLES))
+    parts += [
+        f"![{figures.alt(comparison, path)}]({path})"
+        for path in figures.of_task(comparison, definition.task)
+    ]
     if labels:
         marked = enumerate(labels.items(), start=1)
         parts.append("\n".join(f"({k}) {_named(names)}: {text}." for k, (text, names) in marked))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qatbench.report.figures import TERMS, TRAINING_FIGURE, drawn
+from qatbench.report.figures import TERMS, TRAINING_FIGURE, alt, drawn
 from qatbench.report.model import Comparison, Course, Stretch
 from qatbench.report.tables import UNKNOWN, Row, markdown_table
 
@@ -13,8 +13,9 @@ _TITLES = {"ce": "CE", "kd": "KD", "rcka": "RCKA", "gate": "gate", "beta": "beta
 
 def paragraphs(comparison: Comparison) -> list[str]:
     """Lay out the section: a figure where curves were recorded, a table, what the terms are."""
-    shown = drawn(comparison)
-    parts = [f"![{_in_words(shown)}]({TRAINING_FIGURE})"] if shown else []
+    parts = []
+    if drawn(comparison):
+        parts.append(f"![{alt(comparison, TRAINING_FIGURE)}]({TRAINING_FIGURE})")
     return [*parts, markdown_table(course_rows(comparison.training), _TITLES), _terms(comparison)]
 
 
@@ -40,16 +41,6 @@ def _told(course: Course) -> list[Stretch]:
 
 def _figure(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:.3f}"
-
-
-def _in_words(shown: Sequence[Course]) -> str:
-    """The figure's text alternative."""
-    terms = [_TITLES[term] for term in TERMS if any(term in course.curves for course in shown)]
-    arms = ", ".join(course.arm for course in shown).translate(str.maketrans("[]", "()"))
-    return (
-        f"Curves over the optimizer steps of {', '.join(terms)}, a line an arm: {arms}."
-        " The table below tells where each began, was half-way, and ended."
-    )
 
 
 def _terms(comparison: Comparison) -> str:

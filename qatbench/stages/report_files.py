@@ -14,7 +14,7 @@ from qatbench.errors import ArtifactError, PrerequisiteError
 from qatbench.report import html, latex
 from qatbench.report.changes import change_rows, group_rows
 from qatbench.report.claims import claim_rows
-from qatbench.report.figures import figures
+from qatbench.report.figures import PATTERNS, figures
 from qatbench.report.markdown import render
 from qatbench.report.model import Comparison
 from qatbench.report.tables import ablation_rows, arm_rows, pair_rows
@@ -26,7 +26,7 @@ COMPARISON = "comparison.json"
 GENERATED = (
     *(f"tables/{name}.{kind}" for name in ("ablations", "changes", "groups", "claims", "pairs")
       for kind in ("csv", "tex")),
-    "figures/training.svg", "figures/accuracy-*.svg", "figures/pareto-*.svg",
+    *PATTERNS,
 )  # fmt: skip
 
 
