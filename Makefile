@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.qatbench-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
-.PHONY: setup demo test check golden pack manifest clean
+.PHONY: setup demo test check results golden pack manifest clean
 
 setup: $(STAMP)  ## virtual environment with everything, in one resolve
 
@@ -27,6 +27,11 @@ check: setup  ## lint, format and types
 	$(BIN)/ruff check qatbench tests benchmarks
 	$(BIN)/ruff format --check qatbench tests benchmarks
 	$(BIN)/mypy
+
+results: setup  ## compare all committed runs again; README's tables and figures, docs/comparison.md
+	$(BIN)/python benchmarks/recompare.py
+	$(BIN)/python benchmarks/readme_results.py
+	$(BIN)/python benchmarks/schema_doc.py > docs/comparison.md
 
 golden: setup  ## rewrite the golden report
 	QATBENCH_GOLDEN=write $(BIN)/python -m pytest tests/report

@@ -9,7 +9,6 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
-from qatbench import stats
 from qatbench.report.model import (
     Ablation,
     ArmResult,
@@ -20,6 +19,7 @@ from qatbench.report.model import (
     TaskComparison,
     Worth,
 )
+from qatbench.stages import adjusted
 from qatbench.stages.arms import Arm
 from qatbench.stages.paired import Scores
 from qatbench.stages.parts import Found, Pairing, against_qat, find
@@ -65,14 +65,13 @@ def settled(tasks: Sequence[TaskComparison]) -> tuple[TaskComparison, ...]:
     known = [_known(task) for task in tasks]
     rows = [(k, row) for k, task in enumerate(tasks) for row in task.ablations]
     alone = [(k, row) for k, row in rows if _shared(row.pair, known[k]) is None]
-    family = {(k, row.pair.arm, row.pair.reference): row.pair.p for k, row in alone}
-    adjusted = dict(zip(family, stats.holm(list(family.values())), strict=True)) if family else {}
+    family = adjusted.holm_of((_key(k, row.pair), row.pair) for k, row in alone)
 
     def settle(k: int, row: Ablation, definition: Definition) -> Ablation:
-        alpha = 1 - definition.level
+        alpha, key = 1 - definition.level, _key(k, row.pair)
         shared = _shared(row.pair, known[k])
-        own = adjusted.get((k, row.pair.arm, row.pair.reference))
-        pair = row.pair.model_copy(update={"p_holm": own if shared is None else shared})
+        mine = family if shared is None else {key: shared}
+        pair = adjusted.settled(row.pair, mine, key, definition.level)
         n = n_to_decide(
             pair,
             row.variance,
@@ -206,8 +205,15 @@ def _known(task: TaskComparison) -> dict[frozenset[str], PairResult]:
     return {frozenset((pair.arm, pair.reference)): pair for pair in stated}
 
 
-def _shared(pair: PairResult, known: dict[frozenset[str], PairResult]) -> float | None:
-    """Adjusted p of the same pair, of the same seeds, elsewhere in the comparison."""
+def _key(k: int, pair: PairResult) -> adjusted.Key:
+    return k, frozenset((pair.arm, pair.reference))
+
+
+def _shared(
+    pair: PairResult, known: dict[frozenset[str], PairResult]
+) -> tuple[float, float] | None:
+    """Adjusted p-values of the same pair, of the same seeds, elsewhere in the comparison."""
     other = known.get(frozenset((pair.arm, pair.reference)))
-    same = other is not None and other.p == pair.p and len(other.seed_pairs) == len(pair.seed_pairs)
-    return other.p_holm if other is not None and same else None
+    if other is None or other.p != pair.p or len(other.seed_pairs) != len(pair.seed_pairs):
+        return None
+    return other.p_holm, 1.0 if other.p_equivalence_holm is None else other.p_equivalence_holm

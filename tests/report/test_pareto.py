@@ -37,14 +37,15 @@ def test_the_forest_names_each_arm_with_its_figures() -> None:
 
 
 def test_the_front_holds_what_no_other_beats() -> None:
-    size, cost = pareto.panels(case().tasks[0])
+    there = [arm.model_copy(update={"device": "cpu", "gpu": None}) for arm in (BASE, GPTQ, GRACE)]
+    size, cost = pareto.panels(case(*there).tasks[0])
     assert [point.arm.name for point in size.front] == ["grace"]  # of gptq's size, and better
     assert size.points[0].x == pytest.approx((BASE.checkpoint_bytes or 0) / 1e6)
     # of costs among quantized arms: base, taken as it came, would beat whatever costs anything
     assert [point.arm.name for point in cost.front] == ["gptq", "grace"]
     assert [point.x for point in cost.points] == [0, GPTQ.cost_seconds, GRACE.cost_seconds]
-    worse = GRACE.model_copy(update={"accuracy": 0.5})
-    size, cost = pareto.panels(case(BASE, GPTQ, worse).tasks[0])
+    worse = there[2].model_copy(update={"accuracy": 0.5})
+    _, cost = pareto.panels(case(*there[:2], worse).tasks[0])
     assert [point.arm.name for point in cost.front] == ["gptq"]
 
 

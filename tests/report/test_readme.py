@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -116,3 +117,55 @@ def test_the_training_step_is_told_as_it_was_measured() -> None:
     told = f"{best['samples_per_second']:.2f} samples of 704 tokens a second at a peak of\n"
     assert told + f"{best['peak_gb']:.1f} GB" in text
     assert "--kept-blocks 10" in text
+
+
+def module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def test_tables_and_figures_are_what_make_results_makes() -> None:
+    if not (ROOT / "results" / "mini" / "comparison.json").is_file():
+        pytest.skip("results/ is not in this copy")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    made = module("readme_results").made(ROOT / "results", readme)
+    assert set(made) == {"README.md", "docs/figures/accuracy.svg", "docs/figures/pareto.svg"}
+    assert made["README.md"] == readme
+    for path in set(made) - {"README.md"}:  # other versions of matplotlib draw other bytes
+        assert f"]({path})" in readme
+        assert (ROOT / path).is_file()
+    spoilt = readme.replace("| 71.5 |", "| 17.5 |")
+    assert module("readme_results").made(ROOT / "results", spoilt)["README.md"] == readme
+
+
+def test_the_page_of_the_schema_is_made_from_the_models() -> None:
+    page = module("schema_doc").page()
+    assert (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8") == page
+    assert "| `low` | `float` | 95 % Wilson interval of n questions" in page
+
+
+def test_the_simulation_is_told_as_it_came_out() -> None:
+    file = ROOT / "results" / "statistics" / "simulation.json"
+    if not file.is_file():
+        pytest.skip("results/statistics is not in this copy")
+    found = json.loads(file.read_text())
+    held = [share for name, share in found["coverage"].items() if "clusters" in name]
+    assert all(0.93 <= share <= 0.97 for share in found["coverage"].values())
+    wrong = found["false"]["any pair called better or worse"]["share"]
+    assert wrong <= 0.05
+    assert found["false"]["any arm called equivalent to the baseline"]["share"] <= 0.05
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"in {100 * min(held):.1f} to {100 * max(held):.1f} % of {found['sets']}" in text
+    assert f"any is called different in {100 * wrong:.1f} %" in text
+
+
+def test_the_number_of_pairs_is_the_committed_one() -> None:
+    file = ROOT / "results" / "mini" / "comparison.json"
+    if not file.is_file():
+        pytest.skip("results/mini is not in this copy")
+    pairs = json.loads(file.read_text())["tasks"][0]["definition"]["family_size"]
+    assert f"correction for {pairs} pairs" in (ROOT / "README.md").read_text(encoding="utf-8")

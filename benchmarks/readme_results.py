@@ -1,0 +1,87 @@
+"""README's result tables and its two figures, from the committed comparisons.
+
+Rewrites what stands between `<!-- NAME -->` and `<!-- end -->` in README.md, and docs/figures/.
+`make results` compares all committed runs again first (benchmarks/recompare.py).
+
+    python benchmarks/readme_results.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from qatbench.report.figures import figures, of_task
+from qatbench.report.model import Comparison
+from qatbench.report.tables import arm_rows, markdown_table
+from qatbench.stages.report_files import read
+
+ROOT = Path(__file__).resolve().parents[1]
+TITLES = {"acc %": "accuracy %", "95 % CI": "95 % interval", "p": "p (Holm)"}
+METHODS = ("rtn", "gptq", "awq", "qat", "grace")
+
+
+def smol(comparison: Comparison) -> str:
+    """Every arm of the real model on real questions."""
+    shown = ("arm", "acc %", "95 % CI", "diff", "p", "bits/w")
+    titles = TITLES | {"diff": f"difference to {comparison.baseline}, points"}
+    rows = [{key: row[key] for key in shown} for row in arm_rows(comparison)]
+    return markdown_table(rows, titles | {"bits/w": "bits/weight"})
+
+
+def mini(comparison: Comparison) -> str:
+    """The drawn benchmark: a row a width."""
+    task = comparison.tasks[0].definition.task
+    accuracy = {row["arm"]: row["acc %"] for row in arm_rows(comparison) if row["task"] == task}
+    head = ["| bits | " + " | ".join(METHODS) + " |", "|" + " ---: |" * (1 + len(METHODS))]
+    rows = [
+        f"| {bits} | " + " | ".join(accuracy[f"{m}-w{bits}"] for m in METHODS) + " |"
+        for bits in (4, 3, 2)
+    ]
+    return "\n".join([*head, *rows])
+
+
+TABLES: dict[str, Callable[[Comparison], str]] = {"smol-scienceqa": smol, "mini": mini}
+FIGURES = {"accuracy": ("smol-scienceqa", 0), "pareto": ("mini", 1)}  # folder, which of a task's
+
+
+def made(results: Path, readme: str) -> dict[str, str]:
+    """Path under the root -> text, README.md among them."""
+    comparisons = {name: read(results / name) for name in TABLES}
+    for name, table in TABLES.items():
+        block = f"<!-- {name} -->\n{table(comparisons[name])}\n<!-- end -->"
+        pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
+        readme, count = re.subn(pattern, lambda _, block=block: block, readme, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"README.md has {count} places for {name}, not one")
+    texts = {"README.md": readme}
+    for figure, (name, place) in FIGURES.items():
+        comparison = comparisons[name]
+        path = of_task(comparison, comparison.tasks[0].definition.task)[place]
+        texts[f"docs/figures/{figure}.svg"] = figures(comparison)[path]
+    return texts
+
+
+def main() -> None:
+    """Write, or say what differs."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="only say what would change; exit 1")
+    given = parser.parse_args()
+    old = (ROOT / "README.md").read_text(encoding="utf-8")
+    differs = []
+    for path, text in made(ROOT / "results", old).items():
+        file = ROOT / path
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            differs.append(path)
+            if not given.check:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text, encoding="utf-8")
+    print("\n".join(differs) or "nothing differs")
+    sys.exit(1 if differs and given.check else 0)
+
+
+if __name__ == "__main__":
+    main()
