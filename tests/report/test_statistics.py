@@ -175,3 +175,23 @@ def test_a_made_on_gpu_checkpoint_has_gpu_hours(tmp_path: Path) -> None:
         "../qat/seed-0/predictions.jsonl",
         "../qat/seed-1/predictions.jsonl",
     )
+
+
+def test_pairs_that_claims_are_about_are_stated_and_adjusted_with_the_others(
+    tmp_path: Path,
+) -> None:
+    base, others = arms(tmp_path, ptq=300, qat=360)
+    sft = write_run(tmp_path / "sft", predictions(pattern(400, 385)), method="sft")
+    grace = write_run(
+        tmp_path / "grace", predictions(pattern(400, 350)), method="grace", bits=4, group_size=64
+    )
+    task = compare([*others, sft, grace], base, draws=500).tasks[0]
+    assert [(pair.arm, pair.reference) for pair in task.contests] == [("qat", "gptq")]
+    assert [(pair.arm, pair.reference) for pair in task.claimed] == [
+        ("grace", "gptq"),  # not the best QAT arm, which stands in the contest
+        ("grace", "sft"),
+    ]
+    assert task.definition.family_size == 4 + 1 + 2
+    assert all(pair.p_holm >= pair.p for pair in task.claimed)
+    alone = compare([*others, sft, grace], sft, draws=500).tasks[0]
+    assert [(pair.arm, pair.reference) for pair in alone.claimed] == [("grace", "gptq")]
