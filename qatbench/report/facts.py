@@ -29,6 +29,7 @@ def definition_facts(task: TaskComparison, baseline: str) -> dict[str, str]:
         "mode": _setting(definition.mode),
         "prompt form": _setting(definition.prompt_form),
         "dtype": _setting(definition.dtype),
+        "kernel": _setting(definition.kernel),
         "device": _setting(definition.device),
         "batch": _setting(definition.batch),
         "versions": _by_name(definition.versions),

@@ -151,6 +151,7 @@ def _definition(task: TaskComparison, baseline: str) -> str:
         "mode": _setting(definition.mode),
         "prompt form": _setting(definition.prompt_form),
         "dtype": _setting(definition.dtype),
+        **({"kernel": _setting(definition.kernel)} if definition.kernel else {}),
         "device": _setting(definition.device),
         "batch": _setting(definition.batch),
         "versions": _by_name(definition.versions),

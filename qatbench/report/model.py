@@ -244,6 +244,7 @@ class Definition(Record):
     ablation_family: int = 0  # ablations that share another; those with `shared_p` are not counted
     recipe: str | None
     model: Setting = ()  # what the arms without a method are: the 16-bit model
+    kernel: Setting = ()  # class of the linear that multiplied
     cluster: str = "question"  # what is resampled: question, image or template
 
 
@@ -254,8 +255,7 @@ class TaskComparison(Record):
     arms: tuple[ArmResult, ...]  # in the order asked for, the baseline included
     pairs: tuple[PairResult, ...]  # every other arm against the baseline
     contests: tuple[PairResult, ...]  # a grid each: best QAT against best PTQ on these questions
-    claimed: tuple[PairResult, ...] = ()  # a grid each, where they stand nowhere else: best GRACE
-    # against best PTQ, and against the best 16-bit arm trained on the same data
+    claimed: tuple[PairResult, ...] = ()  # best GRACE against best PTQ and sft or kd, if not above
     warnings: tuple[ReportWarning, ...]
     ablations: tuple[Ablation, ...] = ()  # grid by grid
     not_ablated: tuple[str, ...] = ()  # grace arms that are no such pair, and why

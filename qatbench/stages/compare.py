@@ -44,6 +44,7 @@ class _Settings(NamedTuple):
     seed: int
     out: Path | None
     cluster: str
+    recipe: str | None
 
 
 def compare(
@@ -56,6 +57,7 @@ def compare(
     seed: int = 0,
     out: Path | None = None,
     cluster: str = QUESTION,
+    recipe: str | None = None,
 ) -> Comparison:
     """Compare every arm with the baseline on the questions that all of them answered.
 
@@ -68,6 +70,7 @@ def compare(
         seed: of the bootstrap.
         cluster: what is resampled: each question, or those together that have one value of this
             field of Prediction.meta, e.g. image.
+        recipe: name of the recipe that made the runs, for the record.
         out: where the comparison will lie; the predictions are named relative to it.
 
     Raises: PrerequisiteError if a run is missing or unfinished; ArtifactError if one is damaged or
@@ -82,7 +85,7 @@ def compare(
         folders.setdefault(path.resolve(), path)
     arms = load_arms(list(folders.values()))
     reference = arms[list(folders).index(baseline.resolve())].name
-    settings = _Settings(margin, intersection, draws, seed, out, cluster)
+    settings = _Settings(margin, intersection, draws, seed, out, cluster, recipe)
     sheets = line_up(arms, intersection=intersection, cluster=cluster)
     training = courses(arms)
     tasks = [_compare_task(arms, sheet, reference, settings, training) for sheet in sheets]
@@ -170,6 +173,7 @@ def _definition(arms: list[Arm], sheet: Sheet, settings: _Settings) -> Definitio
     return definition(
         arms, sheet, margin=settings.margin, intersection=settings.intersection,
         draws=settings.draws, seed=settings.seed, cluster=settings.cluster,
+        recipe=settings.recipe,
     )  # fmt: skip
 
 

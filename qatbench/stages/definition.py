@@ -20,6 +20,7 @@ def definition(
     draws: int,
     seed: int,
     cluster: str,
+    recipe: str | None,
 ) -> Definition:
     """Everything that the runs state about how they came about; the Holm families are not known."""
     runs = [run for arm in arms for run in arm.runs]
@@ -55,7 +56,8 @@ def definition(
         bootstrap_draws=draws,
         bootstrap_seed=seed,
         family_size=0,
-        recipe=next(filter(None, recipes), None),
+        recipe=recipe or next(filter(None, recipes), None),
+        kernel=_distinct(_stated(run, "kernel") for run in runs),
         model=_models(arms),
         cluster=cluster,
     )

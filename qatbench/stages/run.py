@@ -126,6 +126,7 @@ def compare(recipe: Recipe, root: Path, paths: Mapping[str, str]) -> Comparison:
         margin=recipe.margin / 100,
         seed=recipe.seed,
         out=root,
+        recipe=recipe.name,
     )
     shared = {task: path for task, path in paths.items() if selector.shareable(task, path)}
     write(comparison, root, shared)

@@ -195,3 +195,14 @@ def test_pairs_that_claims_are_about_are_stated_and_adjusted_with_the_others(
     assert all(pair.p_holm >= pair.p for pair in task.claimed)
     alone = compare([*others, sft, grace], sft, draws=500).tasks[0]
     assert [(pair.arm, pair.reference) for pair in alone.claimed] == [("grace", "gptq")]
+
+
+def test_the_definition_names_kernel_recipe_and_model(tmp_path: Path) -> None:
+    base = write_run(tmp_path / "base", predictions(pattern(20, 15)), name="student")
+    rtn = write_run(tmp_path / "rtn", predictions(pattern(20, 12)), method="rtn", name="rtn")
+    provenance = json.loads((rtn / "provenance.json").read_text())
+    provenance["figures"] = {"kernel": "TorchLinear"}
+    (rtn / "provenance.json").write_text(json.dumps(provenance))
+    (rtn / "checkpoint.json").write_text('{"figures": {}}')
+    found = compare([rtn], base, draws=100, recipe="mini").tasks[0].definition
+    assert (found.kernel, found.recipe, found.model) == (("TorchLinear",), "mini", ("student",))
