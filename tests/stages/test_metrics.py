@@ -214,6 +214,8 @@ def test_rows_tell_their_question_and_pass_but_no_text(
     for joined, alone in zip(together, apart, strict=True):
         meta = {"has_image": True, "category": f"c{int(joined.id) % 2}"}
         meta |= {"l2_category": "coarse_perception", "circular_pass": int(joined.id) // 1_000_000}
+        meta |= {"image": joined.meta["image"]}  # a digest
+        assert len(joined.meta["image"]) == 12
         number = str(int(joined.id) % 1_000_000)
         assert joined.meta == meta | {"group": number}
         assert alone.meta == meta | {"pass_of": number}
