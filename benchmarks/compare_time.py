@@ -9,7 +9,6 @@ categories). The verb runs in a process of its own, reports and figures included
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import resource
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "report")]
 
+from kept import show  # noqa: E402
 from run_folders import write_run  # noqa: E402
 
 from qatbench.records import Prediction  # noqa: E402
@@ -77,11 +77,7 @@ def main() -> None:
             "seconds": round(time.monotonic() - started, 1),
             "peak_gb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6, 2),
         }  # fmt: skip
-    text = json.dumps(found, indent=2)
-    print(text)
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(text + "\n", encoding="utf-8")
+    show(found, given.json)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ llava  LLaVA-1.5-7B's shape, random bf16 weights, 656 tokens a question, 576 of 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -33,6 +32,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+from kept import show  # noqa: E402
 
 from qatbench.records import Prediction, Question  # noqa: E402
 from qatbench.stages.answering import Batching, answer_all, found_tokens  # noqa: E402
@@ -222,11 +223,7 @@ def main() -> None:
             for how in (Batching(size=1), Batching(tokens=tokens))
         )
         found["options_uneven"] = flips(alone, batched)
-    text = json.dumps(found, indent=2)
-    print(text)
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(text + "\n", encoding="utf-8")
+    show(found, given.json)
 
 
 if __name__ == "__main__":

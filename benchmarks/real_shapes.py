@@ -38,6 +38,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import tiny  # noqa: E402
 import train_step  # noqa: E402
+from kept import show  # noqa: E402
 
 from qatbench.quant import backends  # noqa: E402
 from qatbench.quant.grid import Grid  # noqa: E402
@@ -310,10 +311,7 @@ def main() -> None:
     if "whole" in wanted:
         kinds = given.model
         found["whole"] = [whole(kind, given.tiny, device, given.backend) for kind in kinds]
-    text = json.dumps(found, indent=2)
-    print(text)
-    if given.json:
-        given.json.write_text(text + "\n", encoding="utf-8")
+    show(found, given.json)
 
 
 if __name__ == "__main__":

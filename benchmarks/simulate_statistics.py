@@ -13,7 +13,6 @@ false     the whole procedure with 10 arms (3 at 16 bits, 4 PTQ, 3 QAT; every ar
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kept import show
 from numpy.typing import NDArray
 
 from qatbench import stats
@@ -135,11 +135,7 @@ def main() -> None:
     found = {"sets": given.sets, "draws": given.draws, "seed": given.seed}
     found["coverage"] = coverage(rng, given.sets, given.draws, say)
     found["false"] = false(rng, given.sets, given.draws, say)
-    text = json.dumps(found, indent=2)
-    print(text)
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(text + "\n", encoding="utf-8")
+    show(found, given.json)
 
 
 if __name__ == "__main__":

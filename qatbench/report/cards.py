@@ -10,7 +10,7 @@ from markupsafe import Markup
 from qatbench.report import drawings, tables
 from qatbench.report.model import ArmResult, Comparison, PairResult, TaskComparison
 from qatbench.report.tables import UNKNOWN
-from qatbench.report.verdict import Decision, decisions, margin_words
+from qatbench.report.verdict import Decision, decisions, margin_words, sure
 
 Outcome = Literal["ahead", "behind", "equivalent", "open", "alone"]  # QAT beside PTQ
 
@@ -162,8 +162,7 @@ def _outcome(task: TaskComparison, contest: PairResult | None) -> Outcome:
         return "alone"
     if contest.verdict == "equivalent":
         return "equivalent"
-    sure = contest.p_holm < 1 - task.definition.level and (contest.low > 0 or contest.high < 0)
-    if not sure:
+    if not sure(task, contest):
         return "open"
     return "ahead" if contest.difference > 0 else "behind"
 

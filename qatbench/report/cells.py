@@ -12,6 +12,7 @@ from markupsafe import Markup
 from qatbench.report import drawings, tables
 from qatbench.report.details import Agreement, Changes, GroupChange
 from qatbench.report.model import ArmResult, Comparison, PairResult, TaskComparison
+from qatbench.report.svg import group_of
 from qatbench.report.tables import UNKNOWN, Row
 
 _UNITS = {"": 1.0, "%": 1.0, "s": 1.0, "min": 60.0, "h": 3600.0, "GPU-hours": 3600.0}
@@ -110,7 +111,7 @@ def arms_table(comparison: Comparison, task: TaskComparison, shipped: set[str]) 
         tuple(
             (
                 Cell(_arm_name(arm, arm.name in shipped), "", "name"),
-                Cell(_grid(arm), f"{arm.bits or 16}", "name"),
+                Cell(group_of(arm), f"{arm.bits or 16}", "name"),
                 number(arm.accuracy, _accuracy(arm, row)),
                 Cell(drawings.accuracy_bar(arm, scale, base.accuracy), f"{arm.accuracy:.6g}",
                      "drawn"),
@@ -132,10 +133,6 @@ def _arm_name(arm: ArmResult, ships: bool) -> Markup:
     return Markup('<code>{}</code> <span class="family {}">{}</span>{}').format(
         arm.name, arm.family.lower(), arm.family, badge
     )
-
-
-def _grid(arm: ArmResult) -> str:
-    return "16 bits" if arm.family == "16-bit" else arm.grid
 
 
 def _accuracy(arm: ArmResult, row: Row) -> Markup:
@@ -213,12 +210,12 @@ def changes_table(label: str, changes: Sequence[Changes]) -> Table | None:
     rows = [
         {
             "arm - reference": f"{c.arm} - {c.reference}",
-            "both right": _count(c.both_right),
-            "both wrong": _count(c.both_wrong),
-            "lost": _count(c.lost),
-            "gained": _count(c.gained),
+            "both right": tables.count(c.both_right),
+            "both wrong": tables.count(c.both_wrong),
+            "lost": tables.count(c.lost),
+            "gained": tables.count(c.gained),
             "same answer %": tables.percent(c.same_answer),
-            "wrong, answered anew": _count(c.wrong_changed),
+            "wrong, answered anew": tables.count(c.wrong_changed),
             "KL mean": _nats(c.divergence.mean if c.divergence else None),
             "KL 95 %": _nats(c.divergence.p95 if c.divergence else None),
             "KL 99 %": _nats(c.divergence.p99 if c.divergence else None),
@@ -247,7 +244,6 @@ def groups_table(change: Changes, margin: float) -> Table | None:
 def _group_row(group: GroupChange, scale: drawings.Scale, margin: float) -> tuple[Cell, ...]:
     low, high = group.low, group.high
     known = low is not None and high is not None
-    interval = f" [{tables.points(low)}, {tables.points(high)}]" if known else ""  # type: ignore[arg-type]
     drawn = (
         drawings.difference_bar(low, group.difference, high, scale, margin)  # type: ignore[arg-type]
         if known
@@ -260,8 +256,8 @@ def _group_row(group: GroupChange, scale: drawings.Scale, margin: float) -> tupl
         number(group.accuracy, tables.percent(group.accuracy)),
         number(group.reference_accuracy, tables.percent(group.reference_accuracy)),
         Cell(drawn, f"{group.difference:.6g}", "drawn"),
-        number(group.difference, tables.points(group.difference) + interval),
-        number(group.lost, f"{_count(group.lost)}/{_count(group.gained)}"),
+        number(group.difference, tables.between(group.difference, low, high)),
+        number(group.lost, tables.flips(group.lost, group.gained)),
     )
 
 
@@ -285,10 +281,6 @@ def agreement_table(agreement: Agreement) -> Table:
             for arm, row in zip(agreement.arms, agreement.share, strict=True)
         ),
     )  # fmt: skip
-
-
-def _count(mean: float) -> str:
-    return f"{mean:.0f}" if mean == int(mean) else f"{mean:.1f}"
 
 
 def _nats(value: float | None) -> str:

@@ -6,9 +6,18 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from qatbench.report.details import Changes, GroupChange
+from qatbench.report.details import Changes
 from qatbench.report.model import Comparison, TaskComparison
-from qatbench.report.tables import UNKNOWN, Row, markdown_table, of_task, percent, points
+from qatbench.report.tables import (
+    UNKNOWN,
+    Row,
+    between,
+    count,
+    flips,
+    markdown_table,
+    of_task,
+    percent,
+)
 
 METHOD = """\
 - **what changed**: questions, mean over pairs of equal seeds (or all seeds with the only one of \
@@ -57,8 +66,8 @@ def group_rows(comparison: Comparison) -> list[Row]:
             "n": str(group.n),
             "arm %": percent(group.accuracy),
             "reference %": percent(group.reference_accuracy),
-            "diff": _difference(group),
-            "flips": _flips(group),
+            "diff": between(group.difference, group.low, group.high),
+            "flips": flips(group.lost, group.gained),
         }
         for task in comparison.tasks
         for change in task.changes
@@ -118,7 +127,7 @@ def _words(task: TaskComparison, change: Changes) -> str:
     means = " (means over seeds)" if any(len(arm.seeds) > 1 for arm in arms) else ""
     asked = "questions" if change.rows == n else "rows"
     sentences = [
-        f"of {n} questions {_count(change.lost)} went wrong and {_count(change.gained)} came right"
+        f"of {n} questions {count(change.lost)} went wrong and {count(change.gained)} came right"
         f"{means}{_otherwise(change, n)}.",
         f"{percent(change.same_answer)} % of {asked} have the same answer.",
     ]
@@ -131,11 +140,11 @@ def _words(task: TaskComparison, change: Changes) -> str:
 def _otherwise(change: Changes, n: int) -> str:
     """How many of those wrong both times are answered differently; rows where rows form groups."""
     if change.rows != n:
-        return f"; {_count(change.wrong_changed)} rows wrong both times are answered differently"
+        return f"; {count(change.wrong_changed)} rows wrong both times are answered differently"
     if change.both_wrong == 0:
         return ""
     share = 100 * change.wrong_changed / change.both_wrong
-    wrong = _count(change.both_wrong)
+    wrong = count(change.both_wrong)
     return f"; of the {wrong} wrong both times {share:.0f} % are answered differently"
 
 
@@ -184,8 +193,8 @@ def _by_group(change: Changes) -> list[str]:
             "n": str(group.n),
             f"{change.arm} %": percent(group.accuracy),
             f"{change.reference} %": percent(group.reference_accuracy),
-            "diff": _difference(group),
-            "flips": _flips(group),
+            "diff": between(group.difference, group.low, group.high),
+            "flips": flips(group.lost, group.gained),
         }
         for group in (*small, *widest)
     ]
@@ -213,11 +222,11 @@ def _change_row(change: Changes) -> Row:
     divergence = change.divergence
     return {
         "pair": _pair(change),
-        "both right": _count(change.both_right),
-        "lost": _count(change.lost),
-        "gained": _count(change.gained),
-        "both wrong": _count(change.both_wrong),
-        "otherwise": _count(change.wrong_changed),
+        "both right": count(change.both_right),
+        "lost": count(change.lost),
+        "gained": count(change.gained),
+        "both wrong": count(change.both_wrong),
+        "otherwise": count(change.wrong_changed),
         "same %": percent(change.same_answer),
         "KL mean": UNKNOWN if divergence is None else _nats(divergence.mean),
         "KL p99": UNKNOWN if divergence is None else _nats(divergence.p99),
@@ -228,16 +237,6 @@ def _change_row(change: Changes) -> Row:
 
 def _pair(change: Changes) -> str:
     return f"{change.arm} - {change.reference}"
-
-
-def _difference(group: GroupChange) -> str:
-    if group.low is None or group.high is None:
-        return points(group.difference)
-    return f"{points(group.difference)} [{points(group.low)}, {points(group.high)}]"
-
-
-def _flips(group: GroupChange) -> str:
-    return f"{_count(group.lost)}/{_count(group.gained)}"
 
 
 def _margin(nats: float | None) -> str:
@@ -251,7 +250,3 @@ def _nats(value: float) -> str:
     value = float(f"{value:.2g}")  # first, so that 0.0999 is 0.10
     digits = max(0, 1 - math.floor(math.log10(abs(value))))
     return f"{value:.{min(digits, 4)}f}"
-
-
-def _count(mean: float) -> str:
-    return f"{mean:.0f}" if mean == int(mean) else f"{mean:.1f}"

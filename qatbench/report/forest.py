@@ -105,9 +105,8 @@ def _row(axes: Axes, arm: ArmResult, row: int) -> None:
 def _lines(axes: Axes, task: TaskComparison, baseline: str) -> list[Line2D]:
     """Draw the baseline, and chance unless it is so far off that the arms would be squeezed."""
     at = 100 * task.arm(baseline).accuracy
-    name = shown_name(baseline)
-    lines = [axes.axvline(at, color=GREY, linestyle=(0, (4, 2)), zorder=1, label=name)]
-    lines[0].set_label(f"baseline {name}")
+    label = f"baseline {shown_name(baseline)}"
+    lines = [axes.axvline(at, color=GREY, linestyle=(0, (4, 2)), zorder=1, label=label)]
     chance = _chance(task)
     if chance is None:
         return lines

@@ -19,9 +19,9 @@ from qatbench.report import cells, training
 from qatbench.report.cards import VerdictCard, cards, headline
 from qatbench.report.drawings import inlined
 from qatbench.report.facts import definition_facts
-from qatbench.report.figures import TRAINING_FIGURE
+from qatbench.report.figures import TRAINING_FIGURE, of_task
 from qatbench.report.gallery import Gallery, Wall, walls
-from qatbench.report.markdown import render as report_md
+from qatbench.report.markdown import method
 from qatbench.report.model import Comparison, TaskComparison
 from qatbench.report.prose import inline, prose
 from qatbench.report.recovery import sentences
@@ -29,7 +29,6 @@ from qatbench.report.sections import Section, contested, contests_first, section
 from qatbench.report.verdict import margin_words
 
 TEMPLATES = Path(__file__).with_name("templates")
-METHOD_HEADING = "## How the numbers are computed"
 UNTESTED = "not testable here"
 _FIGURES = {
     "accuracy": "Accuracy of every arm with its interval",
@@ -71,7 +70,7 @@ def render(
 
     Args:
         comparison: what it says.
-        figures: path beside report.md -> SVG; those of a task end in its name.
+        figures: path beside report.md -> SVG; which are of a task, `figures.of_task` says.
         gallery: (task, id of a row) -> question, of the questions that may be shown; without it
             the gallery holds ids and letters only.
 
@@ -83,7 +82,11 @@ def render(
         _block(comparison, task, f"task-{k}", drawn, gallery)
         for k, task in enumerate(comparison.tasks, start=1)
     ]
-    placed = {path for task in comparison.tasks for path in _figures_of(task, drawn)}
+    placed = {
+        path
+        for task in comparison.tasks
+        for path in _figures_of(comparison, task.definition.task, drawn)
+    }
     page = _template().render(
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
@@ -101,7 +104,7 @@ def render(
         ],
         margin=margin_words(first),
         filled=bool(gallery),
-        method=report_md(comparison).partition(METHOD_HEADING)[2],
+        method=method(comparison),
         any_flips=any(block.walls for block in blocks),
         warned=sum(len(task.warnings) for task in comparison.tasks),
         contested=any(task.contests for task in comparison.tasks),
@@ -140,7 +143,10 @@ def _block(
         cards=made,
         arms=cells.arms_table(comparison, task, shipped),
         labels=_labels(task),
-        figures=[_figure(path, figures[path]) for path in _figures_of(task, figures)],
+        figures=[
+            _figure(path, figures[path])
+            for path in _figures_of(comparison, task.definition.task, figures)
+        ],
         behind=sentences(task),
         changed=cells.changes_table("Pairs that the verdict is about", contests),
         walls=shown,
@@ -163,10 +169,9 @@ def _labels(task: TaskComparison) -> str:
     return " ".join(f"{', '.join(names)}: {label}." for label, names in told.items())
 
 
-def _figures_of(task: TaskComparison, figures: Mapping[str, str]) -> list[str]:
-    """The figures whose file name ends in the task's."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", task.definition.task).strip("-.")
-    return [path for path in figures if Path(path).stem.partition("-")[2] == name]
+def _figures_of(comparison: Comparison, task: str, figures: Mapping[str, str]) -> list[str]:
+    """A task's figures among those that were drawn."""
+    return [path for path in of_task(comparison, task) if path in figures]
 
 
 def _figure(path: str, svg: str) -> _Figure:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from qatbench.report import ablations, changes, claims, figures, recovery, tables, training
-from qatbench.report.model import Comparison, Setting, TaskComparison
+from qatbench.report.facts import by_name, named, notes, questions, setting
+from qatbench.report.model import Comparison, TaskComparison
 from qatbench.report.verdict import decisions, margin_words, verdict
 
 _ARM_TITLES = {
@@ -56,8 +55,14 @@ def render(comparison: Comparison) -> str:
         parts += ["## Published claims", told]
     if comparison.training:
         parts += ["## Training", *training.paragraphs(comparison)]
+    parts += ["## How the numbers are computed", method(comparison)]
+    return "\n\n".join(parts) + "\n"
+
+
+def method(comparison: Comparison) -> str:
+    """How each number came about, in a list."""
     first = comparison.tasks[0].definition
-    method = _METHOD.format(
+    told = _METHOD.format(
         draws=first.bootstrap_draws,
         seed=first.bootstrap_seed,
         family=first.family_size,
@@ -65,16 +70,13 @@ def render(comparison: Comparison) -> str:
         alpha=1 - first.level,
     )
     if any(task.ablations for task in comparison.tasks):
-        method += "\n" + ablations.METHOD.format(
-            family=first.ablation_family, alpha=1 - first.level
-        )
+        told += "\n" + ablations.METHOD.format(family=first.ablation_family, alpha=1 - first.level)
     if any(task.changes for task in comparison.tasks):
-        method += "\n" + changes.METHOD
+        told += "\n" + changes.METHOD
     if any(task.recovery or task.noise for task in comparison.tasks):
-        method += "\n" + recovery.METHOD
-    method += f'\n- "{tables.UNKNOWN}": not recorded.'
-    parts += ["## How the numbers are computed", method]
-    return "\n\n".join(parts) + "\n"
+        told += "\n" + recovery.METHOD
+    told += f'\n- "{tables.UNKNOWN}": not recorded.'
+    return told
 
 
 def _in_short(comparison: Comparison) -> str:
@@ -105,12 +107,7 @@ def _task_parts(comparison: Comparison, task: TaskComparison) -> list[str]:
     ]
     if labels:
         marked = enumerate(labels.items(), start=1)
-        parts.append("\n".join(f"({k}) {_named(names)}: {text}." for k, (text, names) in marked))
-    told: dict[str, list[str]] = {}
-    for arm in task.arms:
-        for note in (*arm.notes, *arm.leakage):
-            told.setdefault(note, []).append(arm.name)
-    notes = [f"- {_named(names)}: {note}" for note, names in told.items()]
+        parts.append("\n".join(f"({k}) {named(names)}: {text}." for k, (text, names) in marked))
     warnings = [
         f"- **{warning.code}**{f' ({warning.detail})' if warning.detail else ''}: {warning.advice}."
         for warning in task.warnings
@@ -120,7 +117,7 @@ def _task_parts(comparison: Comparison, task: TaskComparison) -> list[str]:
         ("What changed", changes.section(comparison, task)),
         ("What each part of GRACE is worth", ablations.section(comparison, task)),
         ("Warnings", "\n".join(warnings)),
-        ("Notes", "\n".join(notes)),
+        ("Notes", notes(task)),
         ("Seeds", tables.markdown_table(tables.seed_rows(task))),
         ("Pairs", tables.markdown_table(pairs, _PAIR_TITLES)),
         ("Unparsed, errors, ties", tables.markdown_table(tables.count_rows(task))),
@@ -130,41 +127,25 @@ def _task_parts(comparison: Comparison, task: TaskComparison) -> list[str]:
     return parts + [f"### {title}\n\n{text}" for title, text in sections if text]
 
 
-def _named(arms: Sequence[str]) -> str:
-    return ", ".join(f"`{arm}`" for arm in arms)
-
-
 def _definition(task: TaskComparison, baseline: str) -> str:
     definition = task.definition
     searched = [arm.name for arm in task.arms if arm.leakage]
-    questions = f"{definition.n}{' (text only)' if definition.text_only else ''}"
-    if definition.intersection:
-        dropped = ", ".join(f"{arm} {count}" for arm, count in definition.dropped.items())
-        questions += f"; the intersection of the arms, left out: {dropped}"
     facts = {
         "baseline": f"`{baseline}`",
-        "questions": questions,
-        **({} if definition.images == ("shown",) else {"images": _setting(definition.images)}),
-        "data": _by_name(definition.data),
-        **({"leakage": f"searched for, see Notes: {_named(searched)}"} if searched else {}),
-        "protocol": _setting(definition.protocol),
-        "mode": _setting(definition.mode),
-        "prompt form": _setting(definition.prompt_form),
-        "dtype": _setting(definition.dtype),
-        **({"kernel": _setting(definition.kernel)} if definition.kernel else {}),
-        "device": _setting(definition.device),
-        "batch": _setting(definition.batch),
-        "versions": _by_name(definition.versions),
+        "questions": questions(definition),
+        **({} if definition.images == ("shown",) else {"images": setting(definition.images)}),
+        "data": by_name(definition.data),
+        **({"leakage": f"searched for, see Notes: {named(searched)}"} if searched else {}),
+        "protocol": setting(definition.protocol),
+        "mode": setting(definition.mode),
+        "prompt form": setting(definition.prompt_form),
+        "dtype": setting(definition.dtype),
+        **({"kernel": setting(definition.kernel)} if definition.kernel else {}),
+        "device": setting(definition.device),
+        "batch": setting(definition.batch),
+        "versions": by_name(definition.versions),
         "seeds": "; ".join(f"{a} {', '.join(map(str, s))}" for a, s in definition.seeds.items()),
         "margin": f"{margin_words(definition)} points",
         "bootstrap": f"{definition.bootstrap_draws} draws, seed {definition.bootstrap_seed}",
     }
     return "\n".join(f"- {name}: {value}" for name, value in facts.items())
-
-
-def _setting(values: Setting) -> str:
-    return " | ".join(values) or tables.UNKNOWN
-
-
-def _by_name(settings: Mapping[str, Setting]) -> str:
-    return ", ".join(f"{k} {_setting(v)}" for k, v in settings.items()) or tables.UNKNOWN

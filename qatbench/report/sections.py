@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from qatbench.report import cells, tables
 from qatbench.report.details import Changes
+from qatbench.report.facts import notes
 from qatbench.report.model import Comparison, TaskComparison
 
 
@@ -43,7 +44,7 @@ def sections(comparison: Comparison, task: TaskComparison) -> list[Section]:
             [cells.table("Rows of all seeds together", tables.count_rows(task))],
             about="rows without a plain answer",
         ),
-        Section("Notes on the arms", "notes", text=_notes(task)),
+        Section("Notes on the arms", "notes", text=notes(task)),
     ]
     return [section for section in made if section.text or any(section.tables)]
 
@@ -116,11 +117,3 @@ def _pairs(comparison: Comparison, task: TaskComparison) -> Section:
         [cells.pairs_table("Arm minus reference", pairs, rows, task.definition.margin)],
         about=f"{len(rows)} differences with p, verdict and seeds",
     )
-
-
-def _notes(task: TaskComparison) -> str:
-    told: dict[str, list[str]] = {}
-    for arm in task.arms:
-        for note in (*arm.notes, *arm.leakage):
-            told.setdefault(note, []).append(f"`{arm.name}`")
-    return "\n".join(f"- {', '.join(names)}: {note}" for note, names in told.items())

@@ -144,7 +144,14 @@ def points(fraction: float) -> str:
 
 def difference(pair: PairResult) -> str:
     """Write a difference with its interval, as +2.1 [-0.3, +4.5]."""
-    return f"{points(pair.difference)} [{points(pair.low)}, {points(pair.high)}]"
+    return between(pair.difference, pair.low, pair.high)
+
+
+def between(value: float, low: float | None, high: float | None) -> str:
+    """Write a difference with its interval, or alone where that is not known."""
+    if low is None or high is None:
+        return points(value)
+    return f"{points(value)} [{points(low)}, {points(high)}]"
 
 
 def p_value(p: float) -> str:
@@ -186,7 +193,7 @@ def _arm_row(task: TaskComparison, arm: ArmResult, baseline: str) -> Row:
         "n": str(arm.n),
         "diff": difference(pair) if pair else "baseline" if arm.name == baseline else UNKNOWN,
         "p": p_value(pair.p_holm) if pair else UNKNOWN,
-        "flips": _flips(pair.lost, pair.gained) if pair else UNKNOWN,
+        "flips": flips(pair.lost, pair.gained) if pair else UNKNOWN,
         "MB": megabytes(arm.checkpoint_bytes),
         "bits/w": bits_per_weight(arm),
         "cost": duration(arm.cost_seconds),
@@ -201,7 +208,7 @@ def _pair_row(pair: PairResult) -> Row:
         "p Holm": p_value(pair.p_holm),
         "verdict": pair.verdict,
         "n needed": str(pair.n_needed),
-        "flips": _flips(pair.lost, pair.gained),
+        "flips": flips(pair.lost, pair.gained),
         "by seed": "; ".join(_seed_pairs(pair)) or UNKNOWN,
     }
 
@@ -239,15 +246,17 @@ def _seed_differences(task: TaskComparison, pair: PairResult) -> Iterator[str]:
 
 def _seed_pairs(pair: PairResult) -> Iterator[str]:
     for seed in pair.seed_pairs:
-        flips = _flips(seed.lost, seed.gained)
-        yield f"{seed.seed} - {seed.reference_seed}: {flips}, p {p_value(seed.p)}"
+        told = flips(seed.lost, seed.gained)
+        yield f"{seed.seed} - {seed.reference_seed}: {told}, p {p_value(seed.p)}"
 
 
-def _flips(lost: float | None, gained: float | None) -> str:
-    return UNKNOWN if lost is None or gained is None else f"{_count(lost)}/{_count(gained)}"
+def flips(lost: float | None, gained: float | None) -> str:
+    """Write questions lost and gained, as 11.7/13."""
+    return UNKNOWN if lost is None or gained is None else f"{count(lost)}/{count(gained)}"
 
 
-def _count(mean: float) -> str:
+def count(mean: float) -> str:
+    """Write a mean of counts: whole, or to a tenth."""
     return f"{mean:.0f}" if mean == int(mean) else f"{mean:.1f}"
 
 

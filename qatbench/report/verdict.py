@@ -54,14 +54,14 @@ def _in_short(
     task: TaskComparison, contest: PairResult, shipped: ArmResult, rival: ArmResult
 ) -> str:
     """What to ship and what the other would bring, at what price."""
-    ahead = tables.difference(contest if shipped.name == contest.arm else _turned(contest))
-    more = tables.difference(contest if rival.name == contest.arm else _turned(contest))
+    ahead = tables.difference(contest if shipped.name == contest.arm else turned(contest))
+    more = tables.difference(contest if rival.name == contest.arm else turned(contest))
     p = f"p {tables.p_value(contest.p_holm)}"
     if contest.verdict == "equivalent":
         within = margin_words(task.definition)
         other = f"`{rival.name}` is equivalent within {within} points: {more}"
         price = _price(rival, shipped)
-    elif _sure(task, contest):
+    elif sure(task, contest):
         best = f"the best {rival.family} arm, `{rival.name}`"
         other = f"It scores {ahead} points against {best} ({p})"
         price = _price(shipped, rival)
@@ -71,11 +71,21 @@ def _in_short(
     return f"**Ship `{shipped.name}`.** {other}{price}. {_gap(task, shipped)}".rstrip()
 
 
-def _turned(pair: PairResult) -> PairResult:
-    """The same difference the other way round."""
-    return pair.model_copy(
-        update={"difference": -pair.difference, "low": -pair.high, "high": -pair.low}
-    )
+def turned(pair: PairResult) -> PairResult:
+    """The same pair the other way round."""
+    opposite = {"better": "worse", "worse": "better"}
+    told = {
+        "arm": pair.reference,
+        "reference": pair.arm,
+        "difference": -pair.difference,
+        "low": -pair.high,
+        "high": -pair.low,
+        "verdict": opposite.get(pair.verdict, pair.verdict),
+        "seed_pairs": (),
+        "lost": pair.gained,
+        "gained": pair.lost,
+    }
+    return pair.model_copy(update=told)
 
 
 def _price(arm: ArmResult, other: ArmResult) -> str:
@@ -96,7 +106,8 @@ def _gap(task: TaskComparison, arm: ArmResult) -> str:
     )
 
 
-def _sure(task: TaskComparison, contest: PairResult) -> bool:
+def sure(task: TaskComparison, contest: PairResult) -> bool:
+    """Whether a difference is shown: beside 0, and after the correction for all pairs."""
     alpha = 1 - task.definition.level
     return contest.p_holm < alpha and (contest.low > 0 or contest.high < 0)
 
@@ -141,7 +152,7 @@ def _contest_words(task: TaskComparison, contest: PairResult) -> tuple[ArmResult
         why = (
             f"the best QAT and the best PTQ arm are equivalent within {margin} points, and {price}"
         )
-    elif _sure(task, contest):
+    elif sure(task, contest):
         shipped, side = (qat, "above") if contest.difference > 0 else (ptq, "below")
         why = f"the best QAT arm is {side} the best PTQ arm"
     else:

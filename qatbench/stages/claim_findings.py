@@ -15,6 +15,7 @@ from qatbench.report.model import (
     WarningCode,
     Worth,
 )
+from qatbench.report.verdict import turned
 from qatbench.stages.claim_rules import (
     AblationTest,
     Arms,
@@ -204,24 +205,8 @@ def _stated(task: TaskComparison, arm: str, reference: str) -> PairResult | None
         if (pair.arm, pair.reference) == (arm, reference):
             return pair
         if (pair.arm, pair.reference) == (reference, arm):
-            return _turned(pair)
+            return turned(pair)
     return None
-
-
-def _turned(pair: PairResult) -> PairResult:
-    opposite = {"better": "worse", "worse": "better"}
-    turned = {
-        "arm": pair.reference,
-        "reference": pair.arm,
-        "difference": -pair.difference,
-        "low": -pair.high,
-        "high": -pair.low,
-        "verdict": opposite.get(pair.verdict, pair.verdict),
-        "seed_pairs": (),
-        "lost": pair.gained,
-        "gained": pair.lost,
-    }
-    return pair.model_copy(update=turned)
 
 
 def _shown(task: TaskComparison, pair: PairResult) -> _Shown | None:

@@ -85,12 +85,7 @@ def test_the_page_of_the_built_in_models_is_made_from_their_metrics() -> None:
     folder = ROOT / "results" / "mini-pretraining"
     if not (folder / "README.md").is_file():
         pytest.skip("results/mini-pretraining is not in this copy")
-    spec = importlib.util.spec_from_file_location("mini_models", ROOT / "benchmarks/mini_models.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert (folder / "README.md").read_text(encoding="utf-8") == module.page(folder)
+    assert (folder / "README.md").read_text(encoding="utf-8") == module("mini_models").page(folder)
 
 
 def test_distillation_on_smol_is_told_as_the_committed_report_has_it() -> None:
