@@ -1,0 +1,49 @@
+"""What an engine does: read prompts once, then tell tokens one by one, greedily."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from qatbench.vlm.batch import Encoded
+from qatbench.vlm.load import Loaded
+
+
+@dataclass
+class Started:
+    """A batch whose prompts were read.
+
+    `first` are the tokens that the prompts lead to, (B,) int64 on the device; `room` is how many
+    tokens, that one included, can be told; `state` belongs to the engine.
+    """
+
+    first: Tensor
+    room: int
+    state: Any
+
+
+class Runner(Protocol):
+    """An engine with a model in it. All of its work is greedy; a row's padding changes nothing."""
+
+    loaded: Loaded
+    engine: str  # "transformers" or "qatbench"
+    kernel: str  # of the language model's linears at decoding: a class or a kernel's name
+    attention: str  # of decoding
+
+    def start(self, prompts: Sequence[Encoded], room: int) -> Started:
+        """Read a batch of prompts, pictures included, and make room for `room` tokens a row."""
+
+    def step(self, started: Started, count: int) -> Tensor:
+        """The next `count` tokens of every row, ended or not: (B, count) int64 on the device.
+
+        Called again it goes on. Raises: UsageError beyond the room.
+        """
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights on the device: language model, embeddings, vision, scales."""
+
+    def cache_bytes(self, started: Started) -> int:
+        """Bytes of keys and values that a batch holds, room included."""
