@@ -16,6 +16,7 @@ and `utils/model.py:convert_gptq_v1_to_v2_format_module`; the tests compare with
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,14 @@ from qatbench.quant.grid import Grid, grouped
 WORD = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Field k of an AWQ word holds output AWQ_ORDER[k] of its eight."""
+
+
+class Affine(NamedTuple):
+    """A linear as its checkpoint has it: weight = (field - zero) * scale, by groups of inputs."""
+
+    fields: Tensor  # (out, in) uint8
+    zeros: Tensor  # (out, groups) uint8
+    scales: Tensor  # (out, groups) fp16
 
 
 def pack_gptq(codes: Tensor, scales: Tensor, grid: Grid, *, name: str = "") -> dict[str, Tensor]:
@@ -93,6 +102,31 @@ def dequantize_gptq(
     Raises: ShapeError if the tensors do not belong together; ArtifactError if a tensor is missing
         or g_idx names a group that is not there.
     """
+    fields, zeros, scales, row = _gptq_parts(tensors, bits, group_size, v2, name)
+    return ((fields.float() - zeros.float()[row]) * scales.float()[row]).T.contiguous()
+
+
+def affine_gptq(
+    tensors: Mapping[str, Tensor], bits: int, group_size: int, *, v2: bool = False, name: str = ""
+) -> Affine:
+    """A GPTQ linear whose inputs are grouped in order, without multiplying anything out.
+
+    Raises: as `dequantize_gptq`; UsageError if the inputs are not grouped in order.
+    """
+    fields, zeros, scales, g_idx = _gptq_parts(tensors, bits, group_size, v2, name)
+    span = fields.shape[0] // scales.shape[0]
+    if not torch.equal(g_idx, torch.arange(len(g_idx), device=g_idx.device) // span):
+        raise UsageError(
+            f"{name or 'layer'}: g_idx does not group the inputs in order (desc_act)",
+            hint="--engine transformers",
+        )
+    return Affine(fields.T.contiguous(), zeros.T.contiguous(), scales.T.contiguous())
+
+
+def _gptq_parts(
+    tensors: Mapping[str, Tensor], bits: int, group_size: int, v2: bool, name: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(fields (in, out), zeros (groups, out), scales, group of each input), checked."""
     qweight, qzeros, scales = (_take(tensors, key, name) for key in ("qweight", "qzeros", "scales"))
     grid = Grid(bits, group_size)
     fields = unpack_fields(qweight, bits, f"{name} qweight")
@@ -106,8 +140,7 @@ def dequantize_gptq(
     _expect_shape(g_idx, (fields.shape[0],), f"{name} g_idx")
     if g_idx.min() < 0 or g_idx.max() >= groups:
         raise ArtifactError(f"{name or 'layer'}: g_idx names a group beyond the {groups} there are")
-    row = g_idx.long()
-    return ((fields.float() - zeros.float()[row]) * scales.float()[row]).T.contiguous()
+    return fields, zeros, scales, g_idx.long()
 
 
 def pack_awq(codes: Tensor, scales: Tensor, grid: Grid, *, name: str = "") -> dict[str, Tensor]:
@@ -160,12 +193,23 @@ def dequantize_awq(
     Returns: (out, in) fp32.
     Raises: ShapeError if the tensors do not belong together.
     """
+    fields, zeros, scales = affine_awq(qweight, qzeros, scales, group_size, name=name)
+    groups = fields.reshape(*zeros.shape, -1).float()
+    return ((groups - zeros.float().unsqueeze(2)) * scales.float().unsqueeze(2)).flatten(1)
+
+
+def affine_awq(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int, *, name: str = ""
+) -> Affine:
+    """An AWQ GEMM 4-bit linear without multiplying anything out.
+
+    Raises: ShapeError if the tensors do not belong together.
+    """
     fields, zeros = _unpack_awq_fields(qweight, name), _unpack_awq_fields(qzeros, name)
     groups = Grid(4, group_size).groups(fields.shape[0], name)
     _expect_shape(scales, (groups, fields.shape[1]), f"{name} scales")
     _expect_shape(zeros, tuple(scales.shape), f"{name} zeros")
-    signed = fields.float().reshape(groups, -1, fields.shape[1]) - zeros.float().unsqueeze(1)
-    return (signed * scales.float().unsqueeze(1)).flatten(0, 1).T.contiguous()
+    return Affine(fields.T.contiguous(), zeros.T.contiguous(), scales.T.contiguous())
 
 
 def pack_fields(fields: Tensor, bits: int, name: str = "") -> Tensor:

@@ -1,0 +1,194 @@
+"""CUDA sources -> kernels: compiled by NVRTC for the device at hand, cached, launched on a stream.
+
+NVRTC and the driver's bindings come with torch's CUDA builds: no compiler has to be installed, and
+no header of CUDA is used. A kernel is launched so that it may start while the one before it ends
+(programmatic dependent launch; CUDA C++ Programming Guide, same name); it waits inside.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qatbench import store
+from qatbench.errors import PrerequisiteError
+
+SOURCES = Path(__file__).parent / "kernels"
+COMMON = "common.cuh"
+LEAST = (8, 0)  # compute capability: bf16 products
+OVERLAPS = (9, 0)  # from here on a kernel may start before its predecessor has ended
+_DEFAULT_SHARED = 48 << 10
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function on a device."""
+
+    handle: Any
+    name: str
+    overlaps: bool
+
+    def __call__(
+        self, grid: tuple[int, ...], threads: int, *arguments: Any, shared: int = 0
+    ) -> None:
+        """Launch on the current stream.
+
+        Args:
+            grid: blocks along x, y, z.
+            threads: of a block.
+            arguments: tensors and None (as pointers), or ctypes values.
+            shared: bytes of dynamic shared memory.
+        """
+        driver = _binding("driver")
+        values = [_as_c(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        if self.overlaps:
+            config.attrs = [_overlapping()]
+            config.numAttrs = 1
+        _done(driver.cuLaunchKernelEx(config, self.handle, ctypes.addressof(pointers), 0))
+
+    def blocks(self, threads: int, shared: int) -> int:
+        """Blocks of it that one multiprocessor holds at a time."""
+        driver = _binding("driver")
+        found = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.handle, threads, shared)
+        return int(_done(found))
+
+
+def kernel(source: str, name: str, shared: int = 0, **defines: int) -> Kernel:
+    """A function of a file under `kernels/`, for the current device, compiled if it has to be.
+
+    Args:
+        source: file name.
+        name: of the `extern "C"` function.
+        shared: bytes of dynamic shared memory that it will be launched with, at most.
+        defines: of the preprocessor.
+
+    Raises: PrerequisiteError where the device is too old or a part of CUDA is missing.
+    """
+    return _kernel(source, name, (shared > _DEFAULT_SHARED and shared) or 0,
+                   tuple(sorted(defines.items())), torch.cuda.current_device())  # fmt: skip
+
+
+@functools.cache
+def _kernel(
+    source: str, name: str, shared: int, defines: tuple[tuple[str, int], ...], device: int
+) -> Kernel:
+    driver = _binding("driver")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST:
+        raise PrerequisiteError(
+            f"the engine needs compute capability {LEAST[0]}.{LEAST[1]}, "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}",
+            hint="--engine transformers",
+        )
+    module = _module(source, defines, capability, device)
+    function = _done(driver.cuModuleGetFunction(module, name.encode()))
+    if shared:
+        most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _done(driver.cuFuncSetAttribute(function, most, shared))
+    return Kernel(function, name, capability >= OVERLAPS)
+
+
+@functools.cache
+def _module(
+    source: str, defines: tuple[tuple[str, int], ...], capability: tuple[int, int], device: int
+) -> Any:
+    torch.cuda.current_stream(device).synchronize()  # there is a context
+    image = binary(source, dict(defines), capability)
+    return _done(_binding("driver").cuModuleLoadData(image))
+
+
+def binary(source: str, defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
+    """Machine code of a source for a compute capability, from the cache where it is there.
+
+    Raises: PrerequisiteError if NVRTC is missing or refuses the source.
+    """
+    code = (SOURCES / source).read_bytes()
+    common = (SOURCES / COMMON).read_bytes()
+    nvrtc = _binding("nvrtc")
+    version = ".".join(map(str, _done(nvrtc.nvrtcVersion())))
+    options = [f"-D{key}={value}" for key, value in sorted(defines.items())]
+    options += [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "-std=c++17"]
+    digest = hashlib.sha256(b"\0".join([code, common, version.encode(), *map(str.encode, options)]))
+    file = store.cache_folder() / "kernels" / f"{Path(source).stem}-{digest.hexdigest()[:20]}.cubin"
+    if file.exists():
+        return file.read_bytes()
+    image = _compiled(nvrtc, source, code, common, options)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=file.parent)
+    with os.fdopen(handle, "wb") as stream:
+        stream.write(image)
+    os.replace(temporary, file)
+    return image
+
+
+def _compiled(nvrtc: Any, source: str, code: bytes, common: bytes, options: list[str]) -> bytes:
+    program = _done(nvrtc.nvrtcCreateProgram(code, source.encode(), 1, [common], [COMMON.encode()]))
+    told = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])[0]
+    if int(told):
+        log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise PrerequisiteError(
+            f"NVRTC does not compile {source} with {' '.join(options)}: {log.decode().strip()}",
+            hint="--engine transformers",
+        )
+    image = b" " * _done(nvrtc.nvrtcGetCUBINSize(program))
+    _done(nvrtc.nvrtcGetCUBIN(program, image))
+    nvrtc.nvrtcDestroyProgram(program)
+    return image
+
+
+@functools.cache
+def _binding(name: str) -> Any:
+    try:
+        return importlib.import_module(f"cuda.bindings.{name}")
+    except ImportError as error:
+        raise PrerequisiteError(
+            f"the engine's kernels need cuda.bindings.{name}: {error}",
+            hint="pip install cuda-bindings (it comes with torch's CUDA builds)",
+        ) from error
+
+
+@functools.cache
+def _overlapping() -> Any:
+    driver = _binding("driver")
+    attribute = driver.CUlaunchAttribute()
+    kinds = driver.CUlaunchAttributeID
+    attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
+
+
+def _as_c(argument: Any) -> Any:
+    if argument is None:
+        return ctypes.c_void_p(None)
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return argument
+
+
+def _done(result: tuple[Any, ...]) -> Any:
+    """What a call of CUDA returns beside its status.
+
+    Raises: RuntimeError with the status' name.
+    """
+    status, *values = result
+    if int(status):
+        raise RuntimeError(f"CUDA: {status.name}")
+    return values[0] if len(values) == 1 else tuple(values) if values else None
