@@ -148,7 +148,7 @@ def _compiled(nvrtc: Any, source: str, code: bytes, common: bytes, options: list
             f"NVRTC does not compile {source} with {' '.join(options)}: {log.decode().strip()}",
             hint="--engine transformers",
         )
-    image = b" " * _done(nvrtc.nvrtcGetCUBINSize(program))
+    image = bytes(_done(nvrtc.nvrtcGetCUBINSize(program)))
     _done(nvrtc.nvrtcGetCUBIN(program, image))
     nvrtc.nvrtcDestroyProgram(program)
     return image

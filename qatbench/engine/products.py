@@ -1,20 +1,23 @@
-"""Products of a decoding step on CUDA: one launch each, in the form that was measured to be fastest.
+"""Products of a decoding step on CUDA, each in the form that was measured to be fastest.
 
-`kernels/linear.cu` can be built with more or fewer warps, tiles and reads in flight. Which form is
-best depends on the shape, the number of columns and the card, so it is measured on the model's own
-weights at first use and kept in the cache folder by device name.
+`kernels/linear.cu` can be built with more or fewer warps, tiles and reads in flight; torch's dense
+product (for INT4 after dequantizing) is one more form. Which is best depends on the shape, the
+number of columns and the card, so it is measured on the model's own weights at first use and kept
+in the cache folder by device name.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qatbench import store
@@ -25,6 +28,7 @@ from qatbench.errors import PrerequisiteError
 STORE, RESIDUAL, SWIGLU, LOGITS = range(4)
 MOST_COLUMNS = 64
 _SHARED = 200 << 10  # bytes a block may ask for on Hopper; less on older cards: see `fits`
+_PLAIN = {"GROUP": 128, "ZEROS": 0}  # for functions that do not look at them
 _RSTD = 256  # bytes beside sums and columns
 
 
@@ -44,6 +48,11 @@ class Form:
     depth: int  # spans in flight a warp
     stage: bool  # columns are copied into shared memory first
     blocks: int  # a multiprocessor; 0: as many as it holds
+    ahead: int = 0  # tiles a block asks for before its input is there
+
+
+LIBRARY = Form(0, 0, 0, False, 0)
+"""torch.mm, with launches of their own for what comes before and after."""
 
 
 @dataclass(frozen=True)
@@ -85,29 +94,26 @@ class Product:
 
     def forms(self, columns: int) -> list[Form]:
         """All that can run."""
-        found = []
-        for stage in (True, False):
-            if columns == 1 and not stage:
-                continue
-            for warps in (4, 8, 16):
-                for tiles in (1, 2):
-                    for depth in (2, 4) if isinstance(self.weight, Packed) else (2, 4):
-                        form = Form(warps, tiles, depth, stage, 0)
-                        if self._fits(form, columns):
-                            found.append(form)
+        found = [LIBRARY] if columns > 1 or not isinstance(self.weight, Packed) else []
+        if columns > MOST_COLUMNS:
+            return found
+        for warps, tiles, depth in itertools.product((4, 8, 12, 16), (1, 2), (2, 3, 4)):
+            for stage in (True, False) if columns > 1 else (True,):
+                if self._fits(form := Form(warps, tiles, depth, stage, 0), columns):
+                    pairs = itertools.product((0, 1, 2), (0, 2, 4))
+                    found += [replace(form, blocks=n, ahead=ahead) for n, ahead in pairs]
         return found
 
     def _fits(self, form: Form, columns: int) -> bool:
-        per_tile = 16 if isinstance(self.weight, Packed) else 16
-        held = form.depth * form.tiles * (self.span // CHUNK) * 4  # registers of the ring
-        held *= 1 if isinstance(self.weight, Packed) else 4
-        held += form.tiles * _column_tiles(columns) * 8 + per_tile
+        ring = form.depth * form.tiles * (self.span // CHUNK) * 4  # registers
+        ring *= 1 if isinstance(self.weight, Packed) else 4
+        sums = form.tiles * _column_tiles(columns) * (8 if isinstance(self.weight, Packed) else 4)
         return (
             self.width // self.span >= form.warps
             and self.rows % (TILE * form.tiles) == 0
             and self.shared(form, columns) <= (_SHARED if columns > 1 else 100 << 10)
-            and held * form.warps * 32 <= 65536 // 2
-            and held <= 128
+            and ring + sums <= 96
+            and (ring + sums + 32) * form.warps * 32 <= 65536
         )
 
     def shared(self, form: Form, columns: int) -> int:
@@ -126,36 +132,49 @@ class Product:
 
     def _defines(self, form: Form, columns: int) -> dict[str, int]:
         w = self.weight
-        packed = isinstance(w, Packed)
+        group, zeros = (w.group, w.zeros) if isinstance(w, Packed) else (0, None)
         return dict(
-            BITS=4 if packed else 16, GROUP=w.group if packed else 0,
-            ZEROS=int(packed and w.zeros is not None), NT=_column_tiles(columns), MT=form.tiles,
+            BITS=4 if group else 16, GROUP=group, ZEROS=int(zeros is not None),
+            NT=_column_tiles(columns), MT=form.tiles,
             WARPS=form.warps, DEPTH=form.depth, STAGE=int(form.stage),
             NORM=int(self.norm is not None and form.stage), SINGLE=int(columns == 1),
             BIAS=int(self.bias is not None), EPILOGUE=self.epilogue,
         )  # fmt: skip
 
     def __call__(
-        self, form: Form, x: Tensor, out: Tensor, *, residual: Tensor | None = None,
-        scratch: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self, form: Form, x: Tensor, out: Tensor, *, residual: Tensor | None = None
+    ) -> None:
         """Launch on the current stream: x (columns, width) bf16 -> out.
 
-        A form that does not stage its columns leaves the norm to a launch of its own, into
-        `scratch` (columns, width).
+        A form that does not stage its columns leaves the norm to a launch of its own.
         """
         columns = x.shape[0]
         norm = self.norm
         if norm is not None and not form.stage:
-            assert scratch is not None
-            rmsnorm(x, norm, self.eps, scratch)
-            x, norm = scratch, None
+            x, norm = rmsnorm(x, norm, self.eps, torch.empty_like(x)), None
+        if form == LIBRARY:
+            self._by_library(x, out, residual)
+            return
         shared = self.shared(form, columns)
         function = self.build(form, columns)
         function(
             (self.grid(form, function, shared),), form.warps * 32, self._c_weights(), x, norm,
             ctypes.c_float(self.eps), self.bias, residual, out, ctypes.c_int(columns),
-            shared=shared,
+            ctypes.c_int(form.ahead), shared=shared,
+        )  # fmt: skip
+
+    def _by_library(self, x: Tensor, out: Tensor, residual: Tensor | None) -> None:
+        """Dense product of the normalised x, then the epilogue."""
+        w = self.weight
+        if isinstance(w, Packed):
+            room = torch.empty(w.rows, w.width, dtype=torch.bfloat16, device=x.device)
+            w = dequantize(w, room)
+        y = F.linear(x, w, self.bias)
+        function = cuda.kernel("small.cu", "finish", **_PLAIN)
+        rows = self.rows // 2 if self.epilogue == SWIGLU else self.rows
+        function(
+            (-(-rows // 256), x.shape[0]), 256, y, residual, out, ctypes.c_int(self.rows),
+            ctypes.c_int(self.epilogue),
         )  # fmt: skip
 
     def grid(self, form: Form, function: cuda.Kernel, shared: int) -> int:
@@ -184,7 +203,10 @@ def _column_tiles(columns: int) -> int:
 
 
 def _tiles_of(columns: int) -> str:
-    return "1" if columns == 1 else str(8 * _column_tiles(columns))
+    """Columns that share a form."""
+    if columns == 1 or columns > MOST_COLUMNS:
+        return "1" if columns == 1 else "many"
+    return str(8 * _column_tiles(columns))
 
 
 @functools.cache
@@ -193,10 +215,11 @@ def multiprocessors() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 
-def rmsnorm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
+def rmsnorm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     """Launch: out = x / rms(x) * weight, by rows; bf16."""
-    function = cuda.kernel("small.cu", "rmsnorm", GROUP=128, ZEROS=0)
+    function = cuda.kernel("small.cu", "rmsnorm", **_PLAIN)
     function((x.shape[0],), 256, x, weight, ctypes.c_float(eps), out, ctypes.c_int(x.shape[1] // 8))
+    return out
 
 
 def dequantize(packed: Packed, out: Tensor) -> Tensor:
@@ -241,19 +264,23 @@ def measured(products: Sequence[Product], columns: int, repeats: int = 3) -> dic
     first = products[0]
     device = torch.device("cuda", torch.cuda.current_device())
     x = torch.randn(columns, first.width, device=device).bfloat16()
-    scratch = torch.empty_like(x)
     rows = first.rows // (2 if first.epilogue == SWIGLU else 1)
     dtype = torch.float32 if first.epilogue == LOGITS else torch.bfloat16
     out = torch.zeros(columns, rows, device=device, dtype=dtype)
     times: dict[Form, float] = {}
     forms = first.forms(columns)
     with ThreadPoolExecutor() as pool:  # compiling lets other threads run
-        list(pool.map(lambda form: first.compile(form, columns), forms))
+        list(
+            pool.map(
+                lambda form: first.compile(form, columns),
+                {replace(f, blocks=0, ahead=0) for f in forms} - {LIBRARY},
+            )
+        )
     for form in forms:
 
         def run(form: Form = form) -> None:
             for product in products:
-                product(form, x, out, residual=out, scratch=scratch)
+                product(form, x, out, residual=out)
 
         times[form] = graph_seconds(run, repeats) / len(products)
     return times
@@ -268,7 +295,7 @@ def graph_seconds(run: Any, repeats: int) -> float:
         run()
     best = float("inf")
     for _ in range(repeats + 1):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()
         end.record()

@@ -2,8 +2,8 @@
 
 A tile is 16 outputs. A lane (g, t) of a warp, g in 0..7 and t in 0..3, holds outputs g and g + 8 of
 it, and of every 64 inputs the two runs of eight that begin at 8 t and 32 + 8 t: 32 weights in four
-words of one 16-byte read. Word 2 h + i has inputs 32 h + 8 t + 4 i .. + 3, its nibbles paired as the
-tensor cores take them: (input 0 low half, input 1 high half) of output g, then of g + 8, then
+words of one 16-byte read. Word 2 h + i has inputs 32 h + 8 t + 4 i .. + 3, its nibbles paired as
+the tensor cores take them: (input 0 low half, input 1 high half) of output g, then of g + 8, then
 inputs 2 and 3 of both. PTX ISA, `mma.m16n8k16`: fragments of A.
 """
 

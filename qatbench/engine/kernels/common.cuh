@@ -32,11 +32,15 @@ __device__ __forceinline__ u32 times(u32 a, u32 b) {
     return bf16_pair(low(a) * low(b), high(a) * high(b));
 }
 
-// Fields 0 and 4 of a word as bf16 integers: 128 + field is a bf16 with the field as its last bits;
-// `minus` is -(128 + zero), so that the difference is exact.
-__device__ __forceinline__ u32 integers(u32 word, u32 minus) {
+// Fields 0 and 4 of a word as bf16 integers 128 + field: the field is the number's last bits.
+__device__ __forceinline__ u32 raised(u32 word) {
     u32 r;
     asm("lop3.b32 %0, %1, 0x000F000F, 0x43004300, 0xEA;" : "=r"(r) : "r"(word));
+    return r;
+}
+// The fields less their zero points; `minus` is -(128 + zero): the difference is exact.
+__device__ __forceinline__ u32 integers(u32 word, u32 minus) {
+    u32 r = raised(word);
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(r), "r"(0x3F803F80u), "r"(minus));
     return r;
 }
@@ -48,6 +52,13 @@ __device__ __forceinline__ void mma(
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Into the second cache; a multiple of 16 bytes.
+__device__ __forceinline__ void prefetch_bytes(const void* from, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+#endif
 }
 
 // Read once: past the first cache.

@@ -6,6 +6,13 @@
 // Which input stands where inside a product does not matter as long as W and x agree: lane (g, t)
 // takes inputs 8t..8t+7 of every 32, so that it reads 16 bytes at a time.
 //
+// 4-bit fields become bf16 as 128 + field, by setting bits; a second product takes 128 + zero away,
+// which costs the tensor cores less than four subtractions cost everything else. Partial sums of a
+// group are exact to fp32; scales are applied to them, in fp32.
+//
+// What a block will read first is asked for before it waits for the kernel before it: DEPTH spans
+// into registers, `ahead` tiles into the second cache.
+//
 // Defined at compilation: BITS 4 | 16; GROUP inputs a scale (BITS 4); ZEROS 0 | 1; NT, MT (tiles a
 // block works on at once), WARPS, DEPTH (spans in flight a warp); STAGE (x in shared memory),
 // NORM (x is RMS-normalised, STAGE only), SINGLE (one column); BIAS; EPILOGUE.
@@ -75,6 +82,21 @@ __device__ __forceinline__ void fetch(Slot& slot, const Weights& W, int block, i
     }
 }
 
+// Ask for all of a block's weights to be brought into the second cache.
+__device__ __forceinline__ void bring(const Weights& W, int block) {
+#if BITS == 4
+    const u32 bytes = MT * W.K * 8;
+    prefetch_bytes((const char*)W.words + (size_t)block * bytes, bytes);
+#elif EPILOGUE == SWIGLU
+    const u32 bytes = MT * 8 * W.K * 2;
+    prefetch_bytes((const char*)W.words + (size_t)block * bytes, bytes);
+    prefetch_bytes((const char*)W.words + (size_t)W.rows * W.K + (size_t)block * bytes, bytes);
+#else
+    const u32 bytes = MT * 16 * W.K * 2;
+    prefetch_bytes((const char*)W.words + (size_t)block * bytes, bytes);
+#endif
+}
+
 // One span of all columns: acc += W[:, span] x[span].
 __device__ __forceinline__ void multiply(
     float (&acc)[MT][NT][4], const Slot& slot, const char* x, size_t pitch, int columns, int span,
@@ -114,11 +136,14 @@ __device__ __forceinline__ void multiply(
             const u32 words[2] = {i % 2 ? four.z : four.x, i % 2 ? four.w : four.y};
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const u32 a0 = integers(words[j], upper), a1 = integers(words[j] >> 4, lower);
-                const u32 a2 = integers(words[j] >> 8, upper), a3 = integers(words[j] >> 12, lower);
+                const u32 a0 = raised(words[j]), a1 = raised(words[j] >> 4);
+                const u32 a2 = raised(words[j] >> 8), a3 = raised(words[j] >> 12);
 #pragma unroll
-                for (int n = 0; n < NT; ++n)
-                    mma(part[m][n], a0, a1, a2, a3, j ? b[n].z : b[n].x, j ? b[n].w : b[n].y);
+                for (int n = 0; n < NT; ++n) {
+                    const u32 b0 = j ? b[n].z : b[n].x, b1 = j ? b[n].w : b[n].y;
+                    mma(part[m][n], a0, a1, a2, a3, b0, b1);
+                    mma(part[m][n], upper, lower, upper, lower, b0, b1);  // takes 128 + zero away
+                }
             }
         }
         if ((i + 1) % (GROUP / 32) == 0) {
@@ -194,7 +219,7 @@ __device__ __forceinline__ void stage(
 
 extern "C" __global__ void __launch_bounds__(THREADS) linear(
     Weights W, const char* x, const uint4* norm, float eps, const u16* bias, const u16* residual,
-    void* out, int columns) {
+    void* out, int columns, int ahead) {
     extern __shared__ __align__(16) char shared[];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const int spans = W.K / SPAN, blocks = W.rows / (16 * MT);
@@ -213,6 +238,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear(
         ++next;
     }
     if (next == slots) next = 0, next_block += gridDim.x;
+    if (threadIdx.x < ahead && blockIdx.x + threadIdx.x * gridDim.x < blocks)
+        bring(W, blockIdx.x + threadIdx.x * gridDim.x);
     start_dependents();
     wait_for_prior();
 #if STAGE

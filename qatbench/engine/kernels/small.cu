@@ -38,6 +38,25 @@ extern "C" __global__ void __launch_bounds__(256) rmsnorm(
     }
 }
 
+// What follows a dense product y [columns][rows], as in linear.cu; grid (outputs / 256, columns).
+extern "C" __global__ void __launch_bounds__(256) finish(
+    const u16* y, const u16* residual, void* out, int rows, int epilogue) {
+    start_dependents();
+    wait_for_prior();
+    const int at = blockIdx.x * 256 + threadIdx.x, outputs = epilogue == 2 ? rows / 2 : rows;
+    if (at >= outputs) return;
+    const size_t to = (size_t)blockIdx.y * outputs + at;
+    const float v = from_bf16(y[(size_t)blockIdx.y * rows + at]);
+    if (epilogue == 2) {
+        const float up = from_bf16(y[(size_t)blockIdx.y * rows + outputs + at]);
+        ((u16*)out)[to] = to_bf16(v / (1.f + __expf(-v)) * up);
+    } else if (epilogue == 3) {
+        ((float*)out)[to] = v;
+    } else {
+        ((u16*)out)[to] = to_bf16(epilogue == 1 ? from_bf16(residual[to]) + v : v);
+    }
+}
+
 // The likeliest token of each row, the lowest of equal ones; then the row is one token on.
 // grid (blocks, rows), 256 threads; best and counter are zero before and after.
 extern "C" __global__ void __launch_bounds__(256) choose(

@@ -1,0 +1,273 @@
+"""A decoding step on CUDA in bf16: five kernels a layer, captured once as a graph.
+
+norm + q, k, v | rotary embedding, cache, attention | o + residual | norm + gate, up, SiLU | down +
+residual; before them the embedding, after them norm + head and the choice of the token, so that a
+step needs nothing from the host.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qatbench.engine import cuda
+from qatbench.engine.decoder import Cache, Decoder
+from qatbench.engine.products import (
+    LOGITS,
+    RESIDUAL,
+    SWIGLU,
+    Form,
+    Forms,
+    Product,
+    dequantize,
+    multiprocessors,
+)
+from qatbench.engine.weights import Packed, pack
+from qatbench.errors import UsageError
+from qatbench.quant.packing import Affine
+
+JOINED = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)),
+          ("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))  # fmt: skip
+"""Linears that share their input, joined along the outputs."""
+_CHOOSERS = 32  # blocks a row that look for the likeliest token
+_WARPS = 4  # of an attention block
+
+
+class Room:
+    """Where INT4 weights are written out in bf16 for a dense product, one linear at a time."""
+
+    def __init__(self, weights: int, device: torch.device) -> None:
+        self.memory = torch.empty(weights, dtype=torch.bfloat16, device=device)
+        self.holds: Packed | None = None
+
+    def dense(self, packed: Packed) -> Tensor:
+        """The weights (rows, width), valid until the next call for others."""
+        out = self.memory[: packed.rows * packed.width].view(packed.rows, packed.width)
+        if self.holds is not packed:
+            dequantize(packed, out)
+            self.holds = packed
+        return out
+
+
+class PackedLinear(nn.Module):
+    """Some outputs of a joined INT4 linear, for many columns at a time: prefill."""
+
+    def __init__(
+        self, packed: Packed, room: Room, first: int, outputs: int, bias: Tensor | None
+    ) -> None:
+        super().__init__()
+        self.packed, self.room, self.first, self.outputs = packed, room, first, outputs
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., outputs), bf16."""
+        weight = self.room.dense(self.packed)[self.first : self.first + self.outputs]
+        return F.linear(x, weight, self.bias)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    qkv: Product
+    out: Product
+    gate_up: Product
+    down: Product
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+    def products(self) -> tuple[Product, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
+
+
+class Fused:
+    """The decoder of a model on CUDA, its linears joined and, where INT4, packed for the kernels.
+
+    `packed` has the linears that are INT4, by name within the decoder ("0.self_attn.q_proj"); it is
+    emptied as they are taken over. The model's modules then use the same memory.
+
+    Raises: UsageError for shapes that the kernels do not take.
+    """
+
+    def __init__(self, decoder: Decoder, packed: dict[str, Affine]) -> None:
+        self.decoder = decoder
+        s = decoder.sizes
+        if s.head % 64 or s.head > 256 or s.hidden % 64:
+            raise UsageError(
+                f"the engine's kernels take heads of 64, 128 or 256, not {s.head}",
+                hint="--engine transformers",
+            )
+        device = decoder.head.weight.device
+        self.int4 = bool(packed)
+        most = max(
+            (self._size(i, names) for i in range(s.layers) for _, names in JOINED), default=0
+        )
+        self.room = Room(most if packed else 0, device)
+        self.layers = [self._layer(i, layer, packed) for i, layer in enumerate(decoder.layers)]
+        norm = decoder.inner.norm.weight.data
+        self.head = Product(decoder.head.weight.data, LOGITS, norm, s.eps)
+        self.forms = Forms()
+        self._by_columns: dict[int, dict[int, Form]] = {}
+
+    def _size(self, layer: int, names: tuple[str, ...]) -> int:
+        modules = [self._module(layer, name) for name in names]
+        return sum(m.in_features * m.out_features for m in modules)
+
+    def _module(self, layer: int, name: str) -> Any:
+        block = self.decoder.layers[layer]
+        return getattr(block.self_attn if hasattr(block.self_attn, name) else block.mlp, name)
+
+    def _layer(self, index: int, layer: Any, packed: dict[str, Affine]) -> _Layer:
+        eps = self.decoder.sizes.eps
+        first, second = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        joined = [self._join(index, layer, part, names, packed) for part, names in JOINED]
+        (qkv, bias), (out, out_bias), (gate_up, inner_bias), (down, down_bias) = joined
+        if inner_bias is not None:
+            raise UsageError("gate and up with a bias are not supported by the engine",
+                             hint="--engine transformers")  # fmt: skip
+        norms = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
+        q_norm, k_norm = (None if norm is None else norm.weight.data for norm in norms)
+        return _Layer(
+            Product(qkv, norm=first.data, eps=eps, bias=bias), Product(out, RESIDUAL, bias=out_bias),
+            Product(gate_up, SWIGLU, second.data, eps), Product(down, RESIDUAL, bias=down_bias),
+            q_norm, k_norm,
+        )  # fmt: skip
+
+    def _join(
+        self, index: int, layer: Any, part: str, names: tuple[str, ...], packed: dict[str, Affine]
+    ) -> tuple[Packed | Tensor, Tensor | None]:
+        """One weight for linears of one input; their modules become views of it."""
+        owner = getattr(layer, part)
+        modules = [getattr(owner, name) for name in names]
+        keys = [f"{index}.{part}.{name}" for name in names]
+        here = [key in packed for key in keys]
+        if any(here) and not all(here):
+            raise UsageError(f"layer {index}: some of {', '.join(names)} are INT4, some are not",
+                             hint="--engine transformers")  # fmt: skip
+        biases = [module.bias for module in modules]
+        bias = None if biases[0] is None else torch.cat([b.data for b in biases])
+        counts = [module.out_features for module in modules]
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        if all(here):
+            affine = [packed.pop(key) for key in keys]
+            joined = Affine(*(torch.cat(fields) for fields in zip(*affine, strict=True)))
+            weight = pack(joined, paired=part == "mlp" and len(names) == 2)
+            for name, module, first, count in zip(names, modules, starts, counts, strict=True):
+                linear = PackedLinear(weight, self.room, first, count, module.bias)
+                setattr(owner, name, linear)
+            return weight, bias
+        if len(modules) == 1:
+            return modules[0].weight.data, bias
+        dense = torch.cat([module.weight.data for module in modules])
+        for module, first, count in zip(modules, starts, counts, strict=True):
+            module.weight.data = dense[first : first + count]
+        return dense, bias
+
+    def weight_bytes(self) -> int:
+        """Bytes of the packed linears."""
+        weights = [p.weight for layer in self.layers for p in layer.products()]
+        return sum(w.bytes() for w in weights if isinstance(w, Packed))
+
+    def choose_forms(self, rows: int, progress: Callable[[int, int], None] | None = None) -> None:
+        """Find the fastest form of every product for batches of so many rows."""
+        if rows in self._by_columns:
+            return
+        kinds: dict[str, list[Product]] = {}
+        for product in [p for layer in self.layers for p in layer.products()] + [self.head]:
+            kinds.setdefault(product.kind(rows), []).append(product)
+        found: dict[int, Form] = {}
+        for done, products in enumerate(kinds.values()):
+            if progress:
+                progress(done, len(kinds))
+            form = self.forms.of(products, rows)
+            found |= {id(product): form for product in products}
+        self._by_columns[rows] = found
+
+    def names(self) -> Mapping[str, str]:
+        """What multiplies and what attends, for the record."""
+        return {"linear": "int4 mma" if self.int4 else "bf16 mma", "attention": "split keys"}
+
+
+class Step:
+    """One decoding step of a batch, captured; replayed, every row is a token further."""
+
+    def __init__(self, fused: Fused, cache: Cache, token: Tensor, room: int) -> None:
+        s, device = fused.decoder.sizes, token.device
+        rows = len(token)
+        self.fused, self.cache, self.token, self.room = fused, cache, token, room
+        new = functools.partial(torch.empty, dtype=torch.bfloat16, device=device)
+        zeros = functools.partial(torch.zeros, dtype=torch.int32, device=device)
+        inner = max(layer.gate_up.rows // 2 for layer in fused.layers)
+        self.x = new(rows, s.hidden)
+        self.qkv = new(rows, (s.heads + 2 * s.kv_heads) * s.head)
+        self.seen = new(rows, s.heads * s.head)
+        self.inner = new(rows, inner)
+        self.logits = torch.empty(rows, s.vocabulary, dtype=torch.float32, device=device)
+        self.told = torch.zeros(rows, room, dtype=torch.int64, device=device)
+        self.count, self.left = zeros(rows), zeros(rows)
+        self.best = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.splits = max(1, min(32, -(-2 * multiprocessors() // (rows * s.kv_heads))))
+        self.partial = torch.empty(rows * s.heads * self.splits * (s.head + 2), device=device)
+        self.counter = zeros(rows * s.kv_heads)
+        cos, sin = fused.decoder.rope(cache.length + 1)
+        half = s.head // 2
+        self.rope = torch.stack((cos[:, :half], sin[:, :half]), -1).float().contiguous()
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def launch(self) -> None:
+        """All kernels of a step, on the current stream."""
+        fused, s = self.fused, self.fused.decoder.sizes
+        rows = len(self.token)
+        forms = fused._by_columns[rows]
+        table = fused.decoder.inner.embed_tokens.weight
+        plain = {"GROUP": 128, "ZEROS": 0}
+        embed = cuda.kernel("small.cu", "embed", **plain)
+        embed((rows,), 128, self.token, table, self.x, ctypes.c_int(s.hidden // 8))
+        for i, layer in enumerate(fused.layers):
+            layer.qkv(forms[id(layer.qkv)], self.x, self.qkv)
+            self._attend(i, layer)
+            layer.out(forms[id(layer.out)], self.seen, self.x, residual=self.x)
+            layer.gate_up(forms[id(layer.gate_up)], self.x, self.inner)
+            layer.down(forms[id(layer.down)], self.inner, self.x, residual=self.x)
+        fused.head(forms[id(fused.head)], self.x, self.logits)
+        choose = cuda.kernel("small.cu", "choose", **plain)
+        choose(
+            (_CHOOSERS, rows), 256, self.logits, ctypes.c_int(s.vocabulary), self.best, self.left,
+            self.token, self.told, self.count, self.cache.filled, self.cache.turned,
+            ctypes.c_int(self.room),
+        )  # fmt: skip
+
+    def _attend(self, index: int, layer: _Layer) -> None:
+        s, cache = self.fused.decoder.sizes, self.cache
+        unroll = 4 if s.group <= 3 else 2
+        function = cuda.kernel(
+            "attention.cu", "attention", D=s.head, G=s.group, WARPS=_WARPS, UNROLL=unroll,
+            HEADNORM=int(layer.q_norm is not None),
+        )  # fmt: skip
+        function(
+            (self.splits, s.kv_heads, len(self.token)), _WARPS * 32, self.qkv, cache.keys[index],
+            cache.values[index], self.rope, cache.filled, cache.start, cache.turned, layer.q_norm,
+            layer.k_norm, ctypes.c_float(s.eps), self.partial, self.counter, self.seen,
+            ctypes.c_int(cache.length), ctypes.c_float(math.log2(math.e) / math.sqrt(s.head)),
+        )  # fmt: skip
+
+    def replay(self, steps: int) -> None:
+        """Go on by some tokens; the first call captures."""
+        if self.graph is None:
+            state = (self.token, self.count, self.cache.filled, self.cache.turned)
+            before = [tensor.clone() for tensor in state]
+            self.launch()  # every kernel is loaded before the capture
+            torch.cuda.synchronize()
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.launch()
+        for _ in range(steps):
+            self.graph.replay()
