@@ -39,6 +39,7 @@ BESIDE = {
     ("stats", "stats_resample"),
     ("tasks", "mini"),  # `--data mini`: inside a function, for the folder of the built-in questions
     ("mini", "vlm"),
+    ("engine", "vlm"),
 }
 WITHOUT_TORCH = ("errors", "recipe", "recipe_file", "records", "ui", "store", "stats",
                  "stats_resample", "tasks", "report")  # fmt: skip

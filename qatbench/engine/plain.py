@@ -1,0 +1,73 @@
+"""Plain transformers as an engine: the library's kernels, one eager forward a token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from qatbench.engine.runner import Started
+from qatbench.errors import UsageError
+from qatbench.vlm import load as models
+from qatbench.vlm.batch import Encoded
+from qatbench.vlm.generate import Decoding, begin, tell
+from qatbench.vlm.load import Loaded, ModelFolder
+
+
+class PlainRunner:
+    """What `from_pretrained` gives and nothing else; its tokens are those of `vlm.generate`."""
+
+    engine = "transformers"
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+        self.kernel = models.kernel_name(loaded)
+        self.attention = str(loaded.model.config.get_text_config()._attn_implementation)
+
+    def start(self, prompts: Sequence[Encoded], room: int) -> Started:
+        """Read a batch of prompts, pictures included, and make room for `room` tokens a row."""
+        batch = begin(self.loaded, prompts, room)
+        return Started(tell(self.loaded, batch), room, batch)
+
+    def step(self, started: Started, count: int) -> Tensor:
+        """The next `count` tokens of every row, ended or not: (B, count) int64 on the device.
+
+        Raises: UsageError beyond the room.
+        """
+        batch: Decoding = started.state
+        left = batch.positions.shape[-1] - batch.mask.shape[1]
+        if count > left:
+            raise UsageError(f"{count} more tokens asked for, and there is room for {left}")
+        told = [tell(self.loaded, batch) for _ in range(count)]
+        return torch.stack(told, 1) if told else started.first.new_empty(len(started.first), 0)
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights on the device; what two modules share counts once."""
+        model = self.loaded.model
+        tensors = {
+            (tensor.data_ptr(), tensor.nbytes): tensor.nbytes
+            for tensor in (*model.parameters(), *model.buffers())
+        }
+        return sum(tensors.values())
+
+    def cache_bytes(self, started: Started) -> int:
+        """Bytes of keys and values that a batch holds, when its room is used."""
+        batch: Decoding = started.state
+        held = [tensor for layer in batch.cache.layers for tensor in (layer.keys, layer.values)]
+        position = sum(int(tensor.nbytes) // int(tensor.shape[-2]) for tensor in held)
+        return position * int(batch.positions.shape[-1])
+
+
+def load(
+    folder: ModelFolder,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> PlainRunner:
+    """Load a model into the engine.
+
+    Raises: as `vlm.load.load`.
+    """
+    return PlainRunner(models.load(folder, device=device, dtype=dtype))
