@@ -68,6 +68,7 @@ class Decoder:
 
     def __init__(self, loaded: Loaded) -> None:
         model = loaded.model
+        self.prefix = loaded.arch.layers
         self.inner: Any = model.get_submodule(loaded.arch.layers.rpartition(".")[0])
         self.layers: Any = self.inner.layers
         self.head: nn.Linear = model.lm_head

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-import transformers
 from torch import Tensor
 
 from qatbench.engine.decoder import Cache, Decoder, torch_step
 from qatbench.engine.fused import Fused, Step
+from qatbench.engine.plain import held_bytes
 from qatbench.engine.runner import Started
 from qatbench.errors import UsageError
 from qatbench.quant.packing import Affine
-from qatbench.vlm.batch import Encoded, arithmetic, pixel_batch
-from qatbench.vlm.load import Loaded
+from qatbench.vlm import load as models
+from qatbench.vlm.batch import Encoded, arithmetic
+from qatbench.vlm.generate import begin, tell
+from qatbench.vlm.load import Loaded, ModelFolder
+from qatbench.vlm.packed import affine_state
 
 Told = Callable[[str, int, int], None]
 
@@ -37,13 +38,17 @@ class FastRunner:
     engine = "qatbench"
 
     def __init__(
-        self, loaded: Loaded, packed: dict[str, Affine] | None = None, progress: Told | None = None
-    ) -> None:
+        self, loaded: Loaded, packed: dict[str, Affine] | None = None,
+        progress: Told | None = None, *, kernels: bool = True,
+    ) -> None:  # fmt: skip
+        """Take over a model; its linears in `packed` are INT4. Without `kernels`: the torch step."""
         self.loaded = loaded
         self.decoder = Decoder(loaded)
         self.progress = progress
         self.fused: Fused | None = None
-        if loaded.device.type == "cuda" and arithmetic(loaded.model) == torch.bfloat16:
+        self.last: Tensor | None = None  # logits of the last step in torch
+        bf16 = arithmetic(loaded.model) == torch.bfloat16
+        if kernels and loaded.device.type == "cuda" and bf16:
             self.fused = Fused(self.decoder, packed or {})
         elif packed:
             raise UsageError("packed weights are for CUDA in bfloat16", hint="--dtype bfloat16")
@@ -55,39 +60,24 @@ class FastRunner:
 
     @torch.inference_mode()
     def start(self, prompts: Sequence[Encoded], room: int) -> Started:
-        """Read a batch of prompts. Raises: UsageError where they and the room are too long."""
-        loaded, device = self.loaded, self.loaded.device
+        """Read a batch of prompts, pictures included, and make room for `room` tokens a row.
+
+        Raises: UsageError where both are longer than the model's positions, or on CUDA for more
+            rows than the kernels take.
+        """
         length, rows = max(map(len, prompts)), len(prompts)
-        config = loaded.model.config.get_text_config()
-        if length + room > config.max_position_embeddings:
-            raise UsageError(
-                f"{length} tokens and {room} more are beyond the model's "
-                f"{config.max_position_embeddings} positions", hint="fewer, or shorter prompts",
-            )  # fmt: skip
-        ids = torch.full((rows, length), loaded.tokenizer.pad_token_id or 0)
-        mask = torch.zeros(rows, length, dtype=torch.long)
-        for b, prompt in enumerate(prompts):
-            ids[b, length - len(prompt) :] = torch.tensor(prompt.ids)
-            mask[b, length - len(prompt) :] = 1
-        places = [prompt.positions(1) for prompt in prompts]
-        padded = [F.pad(p, (length + 1 - p.shape[-1], 0)) for p in places]
-        positions = torch.stack(padded, dim=-2).to(device)
-        filling = transformers.DynamicCache(config=config)
-        logits = loaded.model(
-            input_ids=ids.to(device), attention_mask=mask.to(device),
-            position_ids=positions[..., :length], past_key_values=filling, use_cache=True,
-            logits_to_keep=1, **pixel_batch(prompts, device, arithmetic(loaded.model)),
-        ).logits  # fmt: skip
-        cache = self.decoder.cache(rows, length + room, filling.layers[0].keys.dtype)
-        for i, layer in enumerate(filling.layers):
-            cache.keys[i, :, :, :length] = layer.keys
-            cache.values[i, :, :, :length] = layer.values
+        self._check(length, room)
+        batch = begin(self.loaded, prompts, room)
+        first = tell(self.loaded, batch)
+        places = batch.positions[..., length].reshape(-1, rows)[0]  # text: alike on all axes
+        cache = self.decoder.cache(rows, length + room, batch.cache.layers[0].keys.dtype)
+        for i, layer in enumerate(batch.cache.layers):
+            cache.keys[i, :, :, :length], cache.values[i, :, :, :length] = layer.keys, layer.values
             layer.keys = layer.values = None
         cache.filled += length
         cache.start.copy_(torch.tensor([length - len(prompt) for prompt in prompts]))
-        cache.turned.copy_(positions[..., length].reshape(-1, rows)[0])
-        token = logits[:, -1].float().argmax(-1)
-        first = token.clone()
+        cache.turned.copy_(places)
+        token = first.clone()
         step = rope = None
         if self.fused:
             self._choose(rows)
@@ -95,6 +85,14 @@ class FastRunner:
         else:
             rope = self.decoder.rope(length + room + 1)
         return Started(first, room, _State(cache, token, room - 1, step, rope))
+
+    def _check(self, length: int, room: int) -> None:
+        most = self.loaded.model.config.get_text_config().max_position_embeddings
+        if length + room > most:
+            raise UsageError(
+                f"{length} tokens and {room} more are beyond the model's {most} positions",
+                hint="shorter prompts, or fewer new tokens",
+            )
 
     def _choose(self, rows: int) -> None:
         assert self.fused
@@ -121,18 +119,38 @@ class FastRunner:
         found = []
         for _ in range(count):
             logits = torch_step(self.decoder, state.cache, state.rope, state.token)
+            self.last = logits
             state.token = logits.float().argmax(-1)
             found.append(state.token)
         return torch.stack(found, 1)
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights on the device."""
-        held = {p.data_ptr(): p.numel() * p.element_size() for p in self.loaded.model.parameters()}
-        buffers: dict[int, Any] = {b.data_ptr(): b.numel() * b.element_size()
-                                   for b in self.loaded.model.buffers()}  # fmt: skip
-        return sum((held | buffers).values()) + (self.fused.weight_bytes() if self.fused else 0)
+        """Bytes of all weights on the device; the room for dense products is not one."""
+        return held_bytes(self.loaded.model) + (self.fused.packed_bytes() if self.fused else 0)
 
     def cache_bytes(self, started: Started) -> int:
         """Bytes of keys and values, room included."""
         state: _State = started.state
         return state.cache.bytes()
+
+
+def load(
+    folder: ModelFolder, *, device: str, dtype: torch.dtype, progress: Told | None = None
+) -> FastRunner:
+    """Load a model into the engine: a 16-bit one, or a packed checkpoint of 4 bits.
+
+    On CUDA packed weights stay packed and bf16 is what runs; on a CPU the library's kernel does.
+
+    Raises: as `vlm.load.load`; UsageError for what the engine does not run.
+    """
+    bits = (folder.quantization or {}).get("bits", 4)
+    if bits != 4:
+        raise UsageError(f"{folder.path}: the engine runs 16 and 4 bits, not {bits}",
+                         hint="--engine transformers")  # fmt: skip
+    if device.startswith("cuda") and dtype != torch.bfloat16:
+        raise UsageError(f"the engine runs bfloat16 on CUDA, not {dtype}",
+                         hint="--dtype bfloat16, or --engine transformers")  # fmt: skip
+    if not folder.quantization or not device.startswith("cuda"):
+        return FastRunner(models.load(folder, device=device, dtype=dtype), None, progress)
+    rest, packed = affine_state(folder.path, folder.quantization, folder.arch, device)
+    return FastRunner(models.load_around(folder, rest, packed, device, dtype), packed, progress)

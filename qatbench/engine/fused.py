@@ -89,8 +89,8 @@ class _Layer:
 class Fused:
     """The decoder of a model on CUDA, its linears joined and, where INT4, packed for the kernels.
 
-    `packed` has the linears that are INT4, by name within the decoder ("0.self_attn.q_proj"); it is
-    emptied as they are taken over. The model's modules then use the same memory.
+    `packed` has the linears that are INT4, by their names in the model; it is emptied as they are
+    taken over. The model's modules then use the same memory.
 
     Raises: UsageError for shapes that the kernels do not take.
     """
@@ -134,8 +134,10 @@ class Fused:
         norms = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
         q_norm, k_norm = (None if norm is None else norm.weight.data for norm in norms)
         return _Layer(
-            Product(qkv, norm=first.data, eps=eps, bias=bias), Product(out, RESIDUAL, bias=out_bias),
-            Product(gate_up, SWIGLU, second.data, eps), Product(down, RESIDUAL, bias=down_bias),
+            Product(qkv, norm=first.data, eps=eps, bias=bias),
+            Product(out, RESIDUAL, bias=out_bias),
+            Product(gate_up, SWIGLU, second.data, eps),
+            Product(down, RESIDUAL, bias=down_bias),
             q_norm, k_norm,
         )  # fmt: skip
 
@@ -145,7 +147,7 @@ class Fused:
         """One weight for linears of one input; their modules become views of it."""
         owner = getattr(layer, part)
         modules = [getattr(owner, name) for name in names]
-        keys = [f"{index}.{part}.{name}" for name in names]
+        keys = [f"{self.decoder.prefix}.{index}.{part}.{name}" for name in names]
         here = [key in packed for key in keys]
         if any(here) and not all(here):
             raise UsageError(f"layer {index}: some of {', '.join(names)} are INT4, some are not",
@@ -169,7 +171,7 @@ class Fused:
             module.weight.data = dense[first : first + count]
         return dense, bias
 
-    def weight_bytes(self) -> int:
+    def packed_bytes(self) -> int:
         """Bytes of the packed linears."""
         weights = [p.weight for layer in self.layers for p in layer.products()]
         return sum(w.bytes() for w in weights if isinstance(w, Packed))

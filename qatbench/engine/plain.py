@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,13 +44,8 @@ class PlainRunner:
         return torch.stack(told, 1) if told else started.first.new_empty(len(started.first), 0)
 
     def weight_bytes(self) -> int:
-        """Bytes of all weights on the device; what two modules share counts once."""
-        model = self.loaded.model
-        tensors = {
-            (tensor.data_ptr(), tensor.nbytes): tensor.nbytes
-            for tensor in (*model.parameters(), *model.buffers())
-        }
-        return sum(tensors.values())
+        """Bytes of all weights on the device."""
+        return held_bytes(self.loaded.model)
 
     def cache_bytes(self, started: Started) -> int:
         """Bytes of keys and values that a batch holds, when its room is used."""
@@ -57,6 +53,12 @@ class PlainRunner:
         held = [tensor for layer in batch.cache.layers for tensor in (layer.keys, layer.values)]
         position = sum(int(tensor.nbytes) // int(tensor.shape[-2]) for tensor in held)
         return position * int(batch.positions.shape[-1])
+
+
+def held_bytes(model: Any) -> int:
+    """Bytes of a model's parameters and buffers; what two modules share counts once."""
+    held = (*model.parameters(), *model.buffers())
+    return sum({(tensor.data_ptr(), tensor.nbytes): tensor.nbytes for tensor in held}.values())
 
 
 def load(
