@@ -160,9 +160,9 @@ def linears(fast: FastRunner, rows: int) -> list[dict[str, Any]]:
         best = min(times, key=lambda form: times[form])
         w = products[0].weight
         size = w.bytes() if isinstance(w, Packed) else w.numel() * 2
-        found.append({"kind": kind, "us": times[best] * 1e6, "gb_per_second": size / times[best] / 1e9,
-                      "form": vars(best), "forms": len(times)}
-                     | ({"torch_us": times[LIBRARY] * 1e6} if LIBRARY in times else {}))  # fmt: skip
+        one = {"kind": kind, "us": times[best] * 1e6, "gb_per_second": size / times[best] / 1e9,
+               "form": vars(best), "forms": len(times)}  # fmt: skip
+        found.append(one | ({"torch_us": times[LIBRARY] * 1e6} if LIBRARY in times else {}))
     return found
 
 
@@ -184,8 +184,10 @@ def error(fast: FastRunner, tiny: bool) -> dict[str, float]:
             differing += 1
             beyond += int((best[0] - best[1]).item() > 2 * gap)
         a.state.step.token.copy_(told[:, 0])
-    return {"largest_over_spread": worst / statistics.mean(spreads), "steps": 16,
-            "tokens_that_differ": differing, "of_them_with_a_gap_beyond_the_error": beyond}  # fmt: skip
+    return {
+        "largest_over_spread": worst / statistics.mean(spreads), "steps": 16,
+        "tokens_that_differ": differing, "of_them_with_a_gap_beyond_the_error": beyond,
+    }  # fmt: skip
 
 
 def whole(kind: str, batches: list[int], repeats: int, tiny: bool) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class FastRunner:
         self, loaded: Loaded, packed: dict[str, Affine] | None = None,
         progress: Told | None = None, *, kernels: bool = True,
     ) -> None:  # fmt: skip
-        """Take over a model; its linears in `packed` are INT4. Without `kernels`: the torch step."""
+        """Take over a model; linears in `packed` are INT4. Without `kernels`: the torch step."""
         self.loaded = loaded
         self.decoder = Decoder(loaded)
         self.progress = progress
