@@ -253,7 +253,8 @@ class Forms:
         if kind not in self.table:
             times = measured(products, columns)
             best = min(times, key=lambda form: times[form])
-            self.table[kind] = asdict(best)
+            known = store.read_json(self.file) if self.file.exists() else {}  # of other processes
+            self.table = known | self.table | {kind: asdict(best)}
             self.file.parent.mkdir(parents=True, exist_ok=True)
             store.write_json(self.file, self.table)
         return Form(**self.table[kind])
@@ -284,6 +285,14 @@ def measured(products: Sequence[Product], columns: int, repeats: int = 3) -> dic
 
         times[form] = graph_seconds(run, repeats) / len(products)
     return times
+
+
+def compile_all(wanted: Sequence[tuple[Product, Form]], columns: int) -> None:
+    """Compile several forms at once into the cache: the compiler lets other threads run."""
+    built = {str(sorted(p._defines(form, columns).items())): (p, form)
+             for p, form in wanted if form != LIBRARY}  # fmt: skip
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda one: one[0].compile(one[1], columns), built.values()))
 
 
 def graph_seconds(run: Any, repeats: int) -> float:

@@ -51,14 +51,14 @@ def some(forms: list[Any]) -> list[Any]:
     """The library's, and forms from both ends and between."""
     return [
         *(form for form in forms if form == LIBRARY),
-        *forms[:: max(1, len(forms) // 6)],
+        *forms[:: max(1, len(forms) // 3)],
         forms[-1],
     ]
 
 
 @pytest.mark.parametrize(("out", "width", "group"), SHAPES)
 @pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "zeros"])
-@pytest.mark.parametrize("columns", [1, 3, 8, 20, 64])
+@pytest.mark.parametrize("columns", [1, 3, 20, 64])
 @pytest.mark.parametrize("int4", [True, False], ids=["int4", "bf16"])
 def test_products(out: int, width: int, group: int, zeros: bool, columns: int, int4: bool) -> None:
     if zeros and not int4:
@@ -81,6 +81,8 @@ def test_products(out: int, width: int, group: int, zeros: bool, columns: int, i
         (Product(weight, LOGITS), wide @ exact.T, 1e-5),
         (Product(paired, SWIGLU, norm, EPS), F.silu(gate) * up, SILU),
     ]
+    forms = [(product, form) for product, _, _ in cases for form in product.forms(columns)]
+    products.compile_all(forms, columns)
     for product, want, bound in cases:
         dtype = torch.float32 if product.epilogue == LOGITS else torch.bfloat16
         for form in product.forms(columns):
