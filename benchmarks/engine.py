@@ -37,7 +37,6 @@ from qatbench.engine.fast import FastRunner  # noqa: E402
 from qatbench.engine.plain import PlainRunner  # noqa: E402
 from qatbench.engine.products import LIBRARY, Product, measured  # noqa: E402
 from qatbench.engine.runner import Runner  # noqa: E402
-from qatbench.engine.weights import Packed  # noqa: E402
 from qatbench.quant.grid import Grid, quantize, round_scales  # noqa: E402
 from qatbench.quant.packing import Affine  # noqa: E402
 from qatbench.vlm import layout  # noqa: E402
@@ -158,8 +157,7 @@ def linears(fast: FastRunner, rows: int) -> list[dict[str, Any]]:
     for kind, products in kinds.items():
         times = measured(products, rows)
         best = min(times, key=lambda form: times[form])
-        w = products[0].weight
-        size = w.bytes() if isinstance(w, Packed) else w.numel() * 2
+        size = products[0].bytes()
         one = {"kind": kind, "us": times[best] * 1e6, "gb_per_second": size / times[best] / 1e9,
                "form": vars(best), "forms": len(times)}  # fmt: skip
         found.append(one | ({"torch_us": times[LIBRARY] * 1e6} if LIBRARY in times else {}))

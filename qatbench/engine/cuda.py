@@ -28,7 +28,6 @@ SOURCES = Path(__file__).parent / "kernels"
 COMMON = "common.cuh"
 LEAST = (8, 0)  # compute capability: bf16 products
 OVERLAPS = (9, 0)  # from here on a kernel may start before its predecessor has ended
-_DEFAULT_SHARED = 48 << 10
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,13 @@ class Kernel:
     name: str
     overlaps: bool
 
-    def __call__(
-        self, grid: tuple[int, ...], threads: int, *arguments: Any, shared: int = 0
-    ) -> None:
+    def __call__(self, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         """Launch on the current stream.
 
         Args:
             grid: blocks along x, y, z.
             threads: of a block.
             arguments: tensors and None (as pointers), or ctypes values.
-            shared: bytes of dynamic shared memory.
         """
         driver = _binding("driver")
         values = [_as_c(argument) for argument in arguments]
@@ -56,40 +52,29 @@ class Kernel:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = shared
         config.hStream = torch.cuda.current_stream().cuda_stream
         if self.overlaps:
             config.attrs = [_overlapping()]
             config.numAttrs = 1
         _done(driver.cuLaunchKernelEx(config, self.handle, ctypes.addressof(pointers), 0))
 
-    def blocks(self, threads: int, shared: int) -> int:
-        """Blocks of it that one multiprocessor holds at a time."""
-        driver = _binding("driver")
-        found = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self.handle, threads, shared)
-        return int(_done(found))
 
-
-def kernel(source: str, name: str, shared: int = 0, **defines: int) -> Kernel:
+def kernel(source: str, name: str, **defines: int) -> Kernel:
     """A function of a file under `kernels/`, for the current device, compiled if it has to be.
 
     Args:
         source: file name.
         name: of the `extern "C"` function.
-        shared: bytes of dynamic shared memory that it will be launched with, at most.
         defines: of the preprocessor.
 
     Raises: PrerequisiteError where the device is too old or a part of CUDA is missing.
     """
-    return _kernel(source, name, (shared > _DEFAULT_SHARED and shared) or 0,
-                   tuple(sorted(defines.items())), torch.cuda.current_device())  # fmt: skip
+    known = tuple(sorted(defines.items()))
+    return _kernel(source, name, known, torch.cuda.current_device())
 
 
 @functools.cache
-def _kernel(
-    source: str, name: str, shared: int, defines: tuple[tuple[str, int], ...], device: int
-) -> Kernel:
-    driver = _binding("driver")
+def _kernel(source: str, name: str, defines: tuple[tuple[str, int], ...], device: int) -> Kernel:
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST:
         raise PrerequisiteError(
@@ -98,10 +83,7 @@ def _kernel(
             hint="--engine transformers",
         )
     module = _module(source, defines, capability, device)
-    function = _done(driver.cuModuleGetFunction(module, name.encode()))
-    if shared:
-        most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _done(driver.cuFuncSetAttribute(function, most, shared))
+    function = _done(_binding("driver").cuModuleGetFunction(module, name.encode()))
     return Kernel(function, name, capability >= OVERLAPS)
 
 
@@ -112,6 +94,12 @@ def _module(
     torch.cuda.current_stream(device).synchronize()  # there is a context
     image = binary(source, dict(defines), capability)
     return _done(_binding("driver").cuModuleLoadData(image))
+
+
+def digest(source: str) -> str:
+    """Of a source with what it includes: eight hexadecimal digits."""
+    code = (SOURCES / source).read_bytes() + (SOURCES / COMMON).read_bytes()
+    return hashlib.sha256(code).hexdigest()[:8]
 
 
 def binary(source: str, defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:

@@ -2,7 +2,8 @@
 
 norm + q, k, v | rotary embedding, cache, attention | o + residual | norm + gate, up, SiLU | down +
 residual; before them the embedding, after them norm + head and the choice of the token, so that a
-step needs nothing from the host.
+step needs nothing from the host. A norm is done by three kernels: who makes x scales it and adds up
+its squares, who multiplies divides by their root (`linear.cu`).
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from qatbench.engine.decoder import Cache, Decoder
 from qatbench.engine.products import (
     LOGITS,
     RESIDUAL,
+    STORE,
     SWIGLU,
     Form,
     Forms,
+    NextNorm,
     Product,
     dequantize,
     multiprocessors,
 )
-from qatbench.engine.weights import Packed, pack
+from qatbench.engine.weights import TILE, Packed, pack
 from qatbench.errors import UsageError
 from qatbench.quant.packing import Affine
 
@@ -38,7 +41,6 @@ JOINED = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj"
           ("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))  # fmt: skip
 """Linears that share their input, joined along the outputs."""
 _CHOOSERS = 32  # blocks a row that look for the likeliest token
-_WARPS = 4  # of an attention block
 
 
 class Room:
@@ -79,6 +81,8 @@ class _Layer:
     out: Product
     gate_up: Product
     down: Product
+    first_norm: Tensor
+    second_norm: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
 
@@ -110,8 +114,11 @@ class Fused:
         )
         self.room = Room(most if packed else 0, device)
         self.layers = [self._layer(i, layer, packed) for i, layer in enumerate(decoder.layers)]
-        norm = decoder.inner.norm.weight.data
-        self.head = Product(decoder.head.weight.data, LOGITS, norm, s.eps)
+        self.norm = decoder.inner.norm.weight.data
+        head = decoder.head.weight.data
+        if short := -len(head) % TILE:  # the last tile is filled up; nobody looks there
+            head = F.pad(head, (0, 0, 0, short))
+        self.head = Product(head, LOGITS)
         self.forms = Forms()
         self._by_columns: dict[int, dict[int, Form]] = {}
 
@@ -124,8 +131,6 @@ class Fused:
         return getattr(block.self_attn if hasattr(block.self_attn, name) else block.mlp, name)
 
     def _layer(self, index: int, layer: Any, packed: dict[str, Affine]) -> _Layer:
-        eps = self.decoder.sizes.eps
-        first, second = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         joined = [self._join(index, layer, part, names, packed) for part, names in JOINED]
         (qkv, bias), (out, out_bias), (gate_up, inner_bias), (down, down_bias) = joined
         if inner_bias is not None:
@@ -134,10 +139,9 @@ class Fused:
         norms = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
         q_norm, k_norm = (None if norm is None else norm.weight.data for norm in norms)
         return _Layer(
-            Product(qkv, norm=first.data, eps=eps, bias=bias),
-            Product(out, RESIDUAL, bias=out_bias),
-            Product(gate_up, SWIGLU, second.data, eps),
-            Product(down, RESIDUAL, bias=down_bias),
+            Product(qkv, STORE, bias), Product(out, RESIDUAL, out_bias),
+            Product(gate_up, SWIGLU), Product(down, RESIDUAL, down_bias),
+            layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data,
             q_norm, k_norm,
         )  # fmt: skip
 
@@ -206,17 +210,16 @@ class Step:
         new = functools.partial(torch.empty, dtype=torch.bfloat16, device=device)
         zeros = functools.partial(torch.zeros, dtype=torch.int32, device=device)
         inner = max(layer.gate_up.rows // 2 for layer in fused.layers)
-        self.x = new(rows, s.hidden)
+        self.x, self.scaled = new(rows, s.hidden), new(rows, s.hidden)
+        self.squares = torch.zeros(2 * s.layers + 1, rows, dtype=torch.float64, device=device)
         self.qkv = new(rows, (s.heads + 2 * s.kv_heads) * s.head)
         self.seen = new(rows, s.heads * s.head)
         self.inner = new(rows, inner)
-        self.logits = torch.empty(rows, s.vocabulary, dtype=torch.float32, device=device)
+        self.logits = torch.empty(rows, fused.head.rows, dtype=torch.float32, device=device)
         self.told = torch.zeros(rows, room, dtype=torch.int64, device=device)
         self.count, self.left = zeros(rows), zeros(rows)
         self.best = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.splits = max(1, min(32, -(-2 * multiprocessors() // (rows * s.kv_heads))))
-        self.partial = torch.empty(rows * s.heads * self.splits * (s.head + 2), device=device)
-        self.counter = zeros(rows * s.kv_heads)
+        self.splits = _splits(rows * s.kv_heads)
         cos, sin = fused.decoder.rope(cache.length + 1)
         half = s.head // 2
         self.rope = torch.stack((cos[:, :half], sin[:, :half]), -1).float().contiguous()
@@ -228,35 +231,43 @@ class Step:
         rows = len(self.token)
         forms = fused._by_columns[rows]
         table = fused.decoder.inner.embed_tokens.weight
-        plain = {"GROUP": 128, "ZEROS": 0}
-        embed = cuda.kernel("small.cu", "embed", **plain)
-        embed((rows,), 128, self.token, table, self.x, ctypes.c_int(s.hidden // 8))
-        for i, layer in enumerate(fused.layers):
-            layer.qkv(forms[id(layer.qkv)], self.x, self.qkv)
+        embed = cuda.kernel("small.cu", "embed")
+        embed(
+            (rows,), 256, self.token, table, fused.layers[0].first_norm, self.x, self.scaled,
+            self.squares, ctypes.c_int(s.hidden // 8), ctypes.c_int(len(self.squares)),
+        )  # fmt: skip
+        following = [layer.first_norm for layer in fused.layers[1:]] + [fused.norm]
+        for i, (layer, norm) in enumerate(zip(fused.layers, following, strict=True)):
+            first, second, third = self.squares[2 * i : 2 * i + 3]
+            layer.qkv(forms[id(layer.qkv)], self.scaled, self.qkv, squares=first, eps=s.eps)
             self._attend(i, layer)
-            layer.out(forms[id(layer.out)], self.seen, self.x, residual=self.x)
-            layer.gate_up(forms[id(layer.gate_up)], self.x, self.inner)
-            layer.down(forms[id(layer.down)], self.inner, self.x, residual=self.x)
-        fused.head(forms[id(fused.head)], self.x, self.logits)
-        choose = cuda.kernel("small.cu", "choose", **plain)
+            after = NextNorm(layer.second_norm, self.scaled, second)
+            layer.out(forms[id(layer.out)], self.seen, self.x, after=after)
+            gate_up = forms[id(layer.gate_up)]
+            layer.gate_up(gate_up, self.scaled, self.inner, squares=second, eps=s.eps)
+            after = NextNorm(norm, self.scaled, third)
+            layer.down(forms[id(layer.down)], self.inner, self.x, after=after)
+        last = self.squares[-1]
+        fused.head(forms[id(fused.head)], self.scaled, self.logits, squares=last, eps=s.eps)
+        choose = cuda.kernel("small.cu", "choose")
         choose(
-            (_CHOOSERS, rows), 256, self.logits, ctypes.c_int(s.vocabulary), self.best, self.left,
-            self.token, self.told, self.count, self.cache.filled, self.cache.turned,
-            ctypes.c_int(self.room),
+            (_CHOOSERS, rows), 256, self.logits, ctypes.c_int(s.vocabulary),
+            ctypes.c_int(self.logits.shape[1]), self.best, self.left, self.token, self.told,
+            self.count, self.cache.filled, self.cache.turned, ctypes.c_int(self.room),
         )  # fmt: skip
 
     def _attend(self, index: int, layer: _Layer) -> None:
         s, cache = self.fused.decoder.sizes, self.cache
-        unroll = 4 if s.group <= 3 else 2
+        warps = 8 if s.group * s.head <= 1024 else 4  # their sums fit into shared memory
         function = cuda.kernel(
-            "attention.cu", "attention", D=s.head, G=s.group, WARPS=_WARPS, UNROLL=unroll,
-            HEADNORM=int(layer.q_norm is not None),
+            "attention.cu", "attention", D=s.head, G=s.group, WARPS=warps, SPLITS=self.splits,
+            UNROLL=4 if s.group <= 3 else 2, HEADNORM=int(layer.q_norm is not None),
         )  # fmt: skip
         function(
-            (self.splits, s.kv_heads, len(self.token)), _WARPS * 32, self.qkv, cache.keys[index],
+            (self.splits, s.kv_heads, len(self.token)), warps * 32, self.qkv, cache.keys[index],
             cache.values[index], self.rope, cache.filled, cache.start, cache.turned, layer.q_norm,
-            layer.k_norm, ctypes.c_float(s.eps), self.partial, self.counter, self.seen,
-            ctypes.c_int(cache.length), ctypes.c_float(math.log2(math.e) / math.sqrt(s.head)),
+            layer.k_norm, ctypes.c_float(s.eps), self.seen, ctypes.c_int(cache.length),
+            ctypes.c_float(math.log2(math.e) / math.sqrt(s.head)),
         )  # fmt: skip
 
     def replay(self, steps: int) -> None:
@@ -273,3 +284,10 @@ class Step:
                 self.launch()
         for _ in range(steps):
             self.graph.replay()
+
+
+def _splits(heads: int) -> int:
+    """Blocks that share the keys of a row and head: enough for the card, at most a cluster's 8."""
+    if torch.cuda.get_device_capability() < cuda.OVERLAPS:
+        return 1
+    return next((n for n in (1, 2, 4) if n * heads >= 2 * multiprocessors()), 8)

@@ -13,7 +13,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,16 +26,23 @@ from qatbench.engine.weights import CHUNK, TILE, Packed
 from qatbench.errors import PrerequisiteError
 
 STORE, RESIDUAL, SWIGLU, LOGITS = range(4)
+"""Epilogues."""
 MOST_COLUMNS = 64
-_SHARED = 200 << 10  # bytes a block may ask for on Hopper; less on older cards: see `fits`
-_PLAIN = {"GROUP": 128, "ZEROS": 0}  # for functions that do not look at them
-_RSTD = 256  # bytes beside sums and columns
+_SHARED = 47 << 10  # bytes a block may use without asking
 
 
 class _Weights(ctypes.Structure):
     _fields_ = (
         ("words", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p),
         ("rows", ctypes.c_int), ("width", ctypes.c_int),
+    )  # fmt: skip
+
+
+class _Output(ctypes.Structure):
+    _fields_ = (
+        ("out", ctypes.c_void_p), ("squares", ctypes.c_void_p), ("eps", ctypes.c_float),
+        ("width", ctypes.c_float), ("bias", ctypes.c_void_p), ("weight", ctypes.c_void_p),
+        ("scaled", ctypes.c_void_p), ("next", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -46,26 +53,35 @@ class Form:
     warps: int
     tiles: int  # that a block works on at once
     depth: int  # spans in flight a warp
-    stage: bool  # columns are copied into shared memory first
-    blocks: int  # a multiprocessor; 0: as many as it holds
-    ahead: int = 0  # tiles a block asks for before its input is there
+    blocks: int  # that share a multiprocessor
 
 
-LIBRARY = Form(0, 0, 0, False, 0)
-"""torch.mm, with launches of their own for what comes before and after."""
+LIBRARY = Form(0, 0, 0, 0)
+"""torch's dense product, with a launch of its own for what comes after."""
+
+
+@dataclass(frozen=True)
+class NextNorm:
+    """What a residual product leaves for the norm that follows.
+
+    weight: (rows,) bf16, of that norm; scaled: (columns, rows) bf16, x times it; squares:
+    (columns,) fp64, to which the squares of x are added.
+    """
+
+    weight: Tensor
+    scaled: Tensor
+    squares: Tensor
 
 
 @dataclass(frozen=True)
 class Product:
-    """A linear, or several joined: W x for columns x.
+    """A linear, or several joined: y = W x for columns x.
 
-    weight: `Packed`, or (rows, width) bf16. `epilogue`: what becomes of y, see `linear.cu`.
+    weight: `Packed`, or (rows, width) bf16. `epilogue`: what becomes of y, see `common.cuh`.
     """
 
     weight: Packed | Tensor
     epilogue: int = STORE
-    norm: Tensor | None = None  # RMS norm of x before: its weight (width,) bf16
-    eps: float = 0.0
     bias: Tensor | None = None
 
     @property
@@ -79,52 +95,52 @@ class Product:
         return self.weight.width if isinstance(self.weight, Packed) else self.weight.shape[1]
 
     @property
-    def span(self) -> int:
-        """Inputs that a warp takes at a time."""
-        return max(self.weight.group, CHUNK) if isinstance(self.weight, Packed) else CHUNK
+    def outputs(self) -> int:
+        """Numbers that come out for a column."""
+        return self.rows // 2 if self.epilogue == SWIGLU else self.rows
+
+    def bytes(self) -> int:
+        """Of the weight."""
+        w = self.weight
+        return w.bytes() if isinstance(w, Packed) else w.numel() * w.element_size()
 
     def kind(self, columns: int) -> str:
         """What decides which form is fastest."""
         w = self.weight
-        grid = (
-            f"int4g{w.group}{'' if w.zeros is None else 'z'}" if isinstance(w, Packed) else "bf16"
-        )
-        normed = "" if self.norm is None else " normed"
-        return f"{grid} {self.rows}x{self.width}{normed} {self.epilogue} x{_tiles_of(columns)}"
+        grid = f"{self.rows}x{self.width}"
+        if isinstance(w, Packed):
+            grid = f"int4 g{w.group}{'' if w.zeros is None else ' zeros'} {grid}"
+        return f"{grid} epilogue {self.epilogue} columns {_shared_by(columns)}"
 
     def forms(self, columns: int) -> list[Form]:
         """All that can run."""
         found = [LIBRARY] if columns > 1 or not isinstance(self.weight, Packed) else []
         if columns > MOST_COLUMNS:
             return found
-        for warps, tiles, depth in itertools.product((4, 8, 12, 16), (1, 2), (2, 3, 4)):
-            for stage in (True, False) if columns > 1 else (True,):
-                if self._fits(form := Form(warps, tiles, depth, stage, 0), columns):
-                    pairs = itertools.product((0, 1, 2), (0, 2, 4))
-                    found += [replace(form, blocks=n, ahead=ahead) for n, ahead in pairs]
+        for warps, tiles, depth in itertools.product((8, 12, 16), (1, 2), (2, 3, 4)):
+            for blocks in (1, 2, 3, 4):
+                form = Form(warps, tiles, depth, blocks)
+                if self._fits(form, columns):
+                    found.append(form)
         return found
 
     def _fits(self, form: Form, columns: int) -> bool:
-        ring = form.depth * form.tiles * (self.span // CHUNK) * 4  # registers
-        ring *= 1 if isinstance(self.weight, Packed) else 4
-        sums = form.tiles * _column_tiles(columns) * (8 if isinstance(self.weight, Packed) else 4)
+        packed = isinstance(self.weight, Packed)
+        span = max(self.weight.group, CHUNK) if isinstance(self.weight, Packed) else 4 * CHUNK
+        ring = form.depth * form.tiles * (span // CHUNK) * 4  # registers
+        sums = form.tiles * _column_tiles(columns) * (8 if packed else 4)
+        threads = form.warps * 32 * form.blocks
+        shared = form.warps * form.tiles * _column_tiles(columns) * 32 * 16
         return (
-            self.width // self.span >= form.warps
-            and self.rows % (TILE * form.tiles) == 0
-            and self.shared(form, columns) <= (_SHARED if columns > 1 else 100 << 10)
-            and ring + sums <= 96
-            and (ring + sums + 32) * form.warps * 32 <= 65536
+            self.rows % (TILE * form.tiles) == 0
+            and shared <= _SHARED
+            and 384 <= threads <= 1024
+            and ring + sums + 24 <= 65536 // threads
         )
-
-    def shared(self, form: Form, columns: int) -> int:
-        """Bytes of shared memory a block needs."""
-        sums = form.warps * form.tiles * _column_tiles(columns) * 32 * 16
-        return sums + _RSTD + (columns * (self.width * 2 + 64) if form.stage else 0)
 
     def build(self, form: Form, columns: int) -> cuda.Kernel:
         """A form, ready to be launched."""
-        defines = self._defines(form, columns)
-        return cuda.kernel("linear.cu", "linear", self.shared(form, columns), **defines)
+        return cuda.kernel("linear.cu", "linear", **self._defines(form, columns))
 
     def compile(self, form: Form, columns: int) -> None:
         """Compile a form into the cache."""
@@ -133,62 +149,58 @@ class Product:
     def _defines(self, form: Form, columns: int) -> dict[str, int]:
         w = self.weight
         group, zeros = (w.group, w.zeros) if isinstance(w, Packed) else (0, None)
-        return dict(
-            BITS=4 if group else 16, GROUP=group, ZEROS=int(zeros is not None),
-            NT=_column_tiles(columns), MT=form.tiles,
-            WARPS=form.warps, DEPTH=form.depth, STAGE=int(form.stage),
-            NORM=int(self.norm is not None and form.stage), SINGLE=int(columns == 1),
-            BIAS=int(self.bias is not None), EPILOGUE=self.epilogue,
-        )  # fmt: skip
+        return {
+            "BITS": 4 if group else 16, "GROUP": group, "ZEROS": int(zeros is not None),
+            "NT": _column_tiles(columns), "MT": form.tiles, "WARPS": form.warps,
+            "DEPTH": form.depth, "BLOCKS": form.blocks, "SINGLE": int(columns == 1),
+            "EPILOGUE": self.epilogue,
+        }  # fmt: skip
 
     def __call__(
-        self, form: Form, x: Tensor, out: Tensor, *, residual: Tensor | None = None
-    ) -> None:
-        """Launch on the current stream: x (columns, width) bf16 -> out.
+        self, form: Form, x: Tensor, out: Tensor, *, squares: Tensor | None = None,
+        eps: float = 0.0, after: NextNorm | None = None,
+    ) -> None:  # fmt: skip
+        """Launch on the current stream.
 
-        A form that does not stage its columns leaves the norm to a launch of its own.
+        Args:
+            form: from `forms`.
+            x: (columns, width) bf16; with `squares` times the weight of its norm.
+            out: (columns, outputs) bf16, fp32 for LOGITS; RESIDUAL adds to it.
+            squares: (columns,) fp64: of the input before that; its norm is still to be applied.
+            eps: of that norm.
+            after: RESIDUAL only.
         """
-        columns = x.shape[0]
-        norm = self.norm
-        if norm is not None and not form.stage:
-            x, norm = rmsnorm(x, norm, self.eps, torch.empty_like(x)), None
-        if form == LIBRARY:
-            self._by_library(x, out, residual)
-            return
-        shared = self.shared(form, columns)
-        function = self.build(form, columns)
-        function(
-            (self.grid(form, function, shared),), form.warps * 32, self._c_weights(), x, norm,
-            ctypes.c_float(self.eps), self.bias, residual, out, ctypes.c_int(columns),
-            ctypes.c_int(form.ahead), shared=shared,
+        output = _Output(
+            out.data_ptr(), _address(squares), eps, self.width, _address(self.bias),
+            *((_address(t) for t in (after.weight, after.scaled, after.squares)) if after else ()),
         )  # fmt: skip
+        if form == LIBRARY:
+            self._by_library(x, output)
+            return
+        function = self.build(form, x.shape[0])
+        blocks = min(form.blocks * multiprocessors(), self.rows // (TILE * form.tiles))
+        columns = ctypes.c_int(x.shape[0])
+        function((blocks,), form.warps * 32, self._c_weights(), x, output, columns)
 
-    def _by_library(self, x: Tensor, out: Tensor, residual: Tensor | None) -> None:
-        """Dense product of the normalised x, then the epilogue."""
+    def _by_library(self, x: Tensor, output: _Output) -> None:
         w = self.weight
         if isinstance(w, Packed):
             room = torch.empty(w.rows, w.width, dtype=torch.bfloat16, device=x.device)
             w = dequantize(w, room)
-        y = F.linear(x, w, self.bias)
-        function = cuda.kernel("small.cu", "finish", **_PLAIN)
-        rows = self.rows // 2 if self.epilogue == SWIGLU else self.rows
-        function(
-            (-(-rows // 256), x.shape[0]), 256, y, residual, out, ctypes.c_int(self.rows),
-            ctypes.c_int(self.epilogue),
-        )  # fmt: skip
-
-    def grid(self, form: Form, function: cuda.Kernel, shared: int) -> int:
-        """Blocks that stay on the device at a time, no more than there is work for."""
-        held = function.blocks(form.warps * 32, shared)
-        blocks = min(held, form.blocks) if form.blocks else held
-        return min(blocks * multiprocessors(), self.rows // (TILE * form.tiles))
+        y = F.linear(x, w)
+        function = cuda.kernel("small.cu", "after", EPILOGUE=self.epilogue)
+        grid = (-(-self.rows // (32 * TILE)), x.shape[0])
+        function(grid, 256, y, output, ctypes.c_int(self.rows))
 
     def _c_weights(self) -> _Weights:
         w = self.weight
         if not isinstance(w, Packed):
             return _Weights(w.data_ptr(), None, None, *w.shape)
-        zeros = None if w.zeros is None else w.zeros.data_ptr()
-        return _Weights(w.words.data_ptr(), w.scales.data_ptr(), zeros, w.rows, w.width)
+        return _Weights(_address(w.words), _address(w.scales), _address(w.zeros), w.rows, w.width)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _column_tiles(columns: int) -> int:
@@ -202,7 +214,7 @@ def _column_tiles(columns: int) -> int:
     )
 
 
-def _tiles_of(columns: int) -> str:
+def _shared_by(columns: int) -> str:
     """Columns that share a form."""
     if columns == 1 or columns > MOST_COLUMNS:
         return "1" if columns == 1 else "many"
@@ -213,13 +225,6 @@ def _tiles_of(columns: int) -> str:
 def multiprocessors() -> int:
     """Of the current device."""
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-
-
-def rmsnorm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
-    """Launch: out = x / rms(x) * weight, by rows; bf16."""
-    function = cuda.kernel("small.cu", "rmsnorm", **_PLAIN)
-    function((x.shape[0],), 256, x, weight, ctypes.c_float(eps), out, ctypes.c_int(x.shape[1] // 8))
-    return out
 
 
 def dequantize(packed: Packed, out: Tensor) -> Tensor:
@@ -241,7 +246,8 @@ class Forms:
 
     def __init__(self) -> None:
         name = torch.cuda.get_device_name().lower().replace(" ", "-")
-        self.file = store.cache_folder() / "kernels" / f"forms-{name}.json"
+        file = f"forms-{name}-{cuda.digest('linear.cu')}.json"
+        self.file = store.cache_folder() / "kernels" / file
         self.table: dict[str, Any] = store.read_json(self.file) if self.file.exists() else {}
 
     def of(self, products: Sequence[Product], columns: int) -> Form:
@@ -265,23 +271,20 @@ def measured(products: Sequence[Product], columns: int, repeats: int = 3) -> dic
     first = products[0]
     device = torch.device("cuda", torch.cuda.current_device())
     x = torch.randn(columns, first.width, device=device).bfloat16()
-    rows = first.rows // (2 if first.epilogue == SWIGLU else 1)
     dtype = torch.float32 if first.epilogue == LOGITS else torch.bfloat16
-    out = torch.zeros(columns, rows, device=device, dtype=dtype)
+    out = torch.zeros(columns, first.outputs, device=device, dtype=dtype)
+    squares = torch.ones(columns, device=device, dtype=torch.float64)
+    after = None
+    if first.epilogue == RESIDUAL:
+        after = NextNorm(torch.ones_like(out[0]), torch.empty_like(out), torch.zeros_like(squares))
     times: dict[Form, float] = {}
     forms = first.forms(columns)
-    with ThreadPoolExecutor() as pool:  # compiling lets other threads run
-        list(
-            pool.map(
-                lambda form: first.compile(form, columns),
-                {replace(f, blocks=0, ahead=0) for f in forms} - {LIBRARY},
-            )
-        )
+    compile_all([(first, form) for form in forms], columns)
     for form in forms:
 
         def run(form: Form = form) -> None:
             for product in products:
-                product(form, x, out, residual=out)
+                product(form, x, out, squares=squares, eps=1e-6, after=after)
 
         times[form] = graph_seconds(run, repeats) / len(products)
     return times

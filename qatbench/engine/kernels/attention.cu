@@ -1,109 +1,193 @@
 // One new token of every row looks at what its cache holds: rotary embedding and cache write included.
 //
 // A block takes a share of the keys of one key-value head and one row for all G query heads that use
-// it; the block that finishes last adds up the shares. Only the filled part of the cache is read.
+// it; the SPLITS blocks of a head are a cluster and add up their shares through shared memory. Only
+// the filled part of the cache is read, and its first keys are asked for before the kernel before
+// this one has ended: they are older than it.
 //
 // Defined at compilation: D (head size, a multiple of 64), G, WARPS, UNROLL (keys in flight a lane),
-// HEADNORM 0 | 1 (queries and keys are RMS-normalised by head: Qwen3).
+// SPLITS (1 before compute capability 9.0), HEADNORM 0 | 1 (queries and keys are RMS-normalised by
+// head: Qwen3).
 #include "common.cuh"
 
-#define LANES (D / 8)        // that hold one key
-#define AT_ONCE (32 / LANES) // keys of a warp
-#define PAIRS (D / 64)       // rotated pairs a lane
-
-// Normalise (HEADNORM) and rotate one head, a warp: r[i] is input lane + 32 * i, in the upper half
-// r[i + PAIRS].
-__device__ __forceinline__ void prepare(
-    float (&r)[2 * PAIRS], const u16* from, const u16* weight, float eps, const float2* rope,
-    int lane) {
-#pragma unroll
-    for (int i = 0; i < 2 * PAIRS; ++i) r[i] = from_bf16(from[lane + 32 * i]);
-#if HEADNORM
-    float square = 0.f;
-#pragma unroll
-    for (int i = 0; i < 2 * PAIRS; ++i) square += r[i] * r[i];
-    const float scale = rsqrtf(warp_sum(square) / D + eps);
-#pragma unroll
-    for (int i = 0; i < 2 * PAIRS; ++i) r[i] *= scale * from_bf16(weight[lane + 32 * i]);
-#endif
-#pragma unroll
-    for (int i = 0; i < PAIRS; ++i) {
-        const float2 turn = rope[lane + 32 * i];  // cos, sin
-        const float a = r[i], b = r[i + PAIRS];
-        r[i] = a * turn.x - b * turn.y, r[i + PAIRS] = b * turn.x + a * turn.y;
-    }
-}
+#define LANES (D / 8)         // that hold one key, eight numbers each
+#define AT_ONCE (32 / LANES)  // keys of a warp
+#define STEP (WARPS * AT_ONCE)
+#define THREADS (WARPS * 32)
 
 __device__ __forceinline__ void unpack(float (&to)[8], uint4 v) {
     to[0] = low(v.x), to[1] = high(v.x), to[2] = low(v.y), to[3] = high(v.y);
     to[4] = low(v.z), to[5] = high(v.z), to[6] = low(v.w), to[7] = high(v.w);
 }
 
-// grid (splits, key-value heads, rows)
-extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(
-    const u16* qkv,        // [rows][(H + 2 KV) * D]
-    u16* keys, u16* values,  // [rows][KV][length][D]
-    const float2* rope,    // [position][D / 2]: cos, sin
-    const int* filled,     // [rows]: keys in the cache; the new one goes there
-    const int* start,      // [rows]: the first that is no padding
-    const int* turned,     // [rows]: rotary position of the new token
-    const u16* q_norm, const u16* k_norm, float eps,
-    float* partial,        // [rows][KV][splits][G][D + 2]
-    int* counter,          // [rows][KV], zero before and after
-    u16* out,              // [rows][H * D]
-    int length, float scale) {
-    const int split = blockIdx.x, splits = gridDim.x, head = blockIdx.y, heads = gridDim.y;
-    const int row = blockIdx.z, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    __shared__ float query[G][D];
-    __shared__ float sums[WARPS][G][D];
-    __shared__ float maxima[WARPS][G], weights[WARPS][G];
-    __shared__ int last;
-    start_dependents();
-    wait_for_prior();
-    const int end = filled[row] + 1, first = start[row];
-    const int share = (end - first + splits - 1) / splits;
-    const int from = first + split * share, to = min(end, from + share);
-    const u16* mine = qkv + (size_t)row * (G + 2) * heads * D;
-    const float2* turn = rope + (size_t)turned[row] * (D / 2);
-    const size_t base = ((size_t)row * heads + head) * length;
-
-    for (int g = warp; g < G; g += WARPS) {
-        float r[2 * PAIRS];
-        prepare(r, mine + (head * G + g) * D, q_norm, eps, turn, lane);
+// Normalise (HEADNORM) and rotate a head that LANES lanes hold together. Halves are paired: input d
+// with d + D / 2, which the lane LANES / 2 further has.
+__device__ __forceinline__ void prepare(
+    float (&r)[8], const float (&weight)[8], float eps, const float2 (&turn)[8], int part) {
+#if HEADNORM
+    float square = 0.f;
 #pragma unroll
-        for (int i = 0; i < 2 * PAIRS; ++i) query[g][lane + 32 * i] = r[i] * scale;
-    }
-    if (from < to && to == end && warp == WARPS - 1) {  // the new key is one of mine
-        float r[2 * PAIRS];
-        prepare(r, mine + (G * heads + head) * D, k_norm, eps, turn, lane);
-        const u16* value = mine + ((G + 1) * heads + head) * D;
-        const size_t at = (base + end - 1) * D;
+    for (int i = 0; i < 8; ++i) square += r[i] * r[i];
 #pragma unroll
-        for (int i = 0; i < 2 * PAIRS; ++i) {
-            keys[at + lane + 32 * i] = to_bf16(r[i]);
-            values[at + lane + 32 * i] = value[lane + 32 * i];
-        }
-        __threadfence_block();
+    for (int i = LANES / 2; i; i /= 2) square += __shfl_xor_sync(~0u, square, i);
+    const float scale = rsqrtf(square / D + eps);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) r[i] *= scale * weight[i];
+#endif
+    const float sign = part < LANES / 2 ? -1.f : 1.f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const float other = __shfl_xor_sync(~0u, r[i], LANES / 2);
+        r[i] = r[i] * turn[i].x + sign * other * turn[i].y;
     }
-    __syncthreads();
+}
 
-    const int sub = lane / LANES, part = lane % LANES;
-    float q[G][8], acc[G][8] = {}, top[G], total[G];
+struct Sums {
+    float acc[G][8], top[G], total[G];
+};
+
+// Add some keys; score < -1e29 is no key.
+template <int N>
+__device__ __forceinline__ void add(Sums& s, const float (&score)[N][G], const uint4 (&value)[N]) {
+    float weight[N][G];
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-        top[g] = -1e30f, total[g] = 0.f;
+        float most = s.top[g];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) q[g][i] = query[g][part * 8 + i];
+        for (int u = 0; u < N; ++u) most = fmaxf(most, score[u][g]);
+        const float shrink = exp2f(s.top[g] - most);
+        s.total[g] *= shrink, s.top[g] = most;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) s.acc[g][i] *= shrink;
+#pragma unroll
+        for (int u = 0; u < N; ++u) {
+            weight[u][g] = score[u][g] < -1e29f ? 0.f : exp2f(score[u][g] - most);
+            s.total[g] += weight[u][g];
+        }
     }
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+        float x[8];
+        unpack(x, value[u]);
+#pragma unroll
+        for (int g = 0; g < G; ++g)
+#pragma unroll
+            for (int i = 0; i < 8; ++i) s.acc[g][i] += weight[u][g] * x[i];
+    }
+}
+
+__device__ __forceinline__ float dot(const float (&q)[8], const float (&x)[8]) {
+    float s = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) s += q[i] * x[i];
+#pragma unroll
+    for (int i = LANES / 2; i; i /= 2) s += __shfl_xor_sync(~0u, s, i);
+    return s;
+}
+
+__device__ __forceinline__ float of_block(const float* shared, int rank) {
+#if SPLITS > 1
+    u32 at = (u32)__cvta_generic_to_shared(shared), there;
+    float v;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(there));
+    return v;
+#else
+    return *shared;
+#endif
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+#if SPLITS > 1
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+// grid (SPLITS, key-value heads, rows)
+extern "C" __global__ void __launch_bounds__(THREADS)
+#if SPLITS > 1
+    __cluster_dims__(SPLITS, 1, 1)
+#endif
+    attention(
+        const u16* qkv,          // [rows][(H + 2 KV) * D]
+        u16* keys, u16* values,  // [rows][KV][length][D]
+        const float2* rope,      // [position][D / 2]: cos, sin
+        const int* filled,       // [rows]: keys in the cache; the new one goes there
+        const int* start,        // [rows]: the first that is no padding
+        const int* turned,       // [rows]: rotary position of the new token
+        const u16* q_norm, const u16* k_norm, float eps,
+        u16* out,                // [rows][H * D]
+        int length, float scale) {
+    const int split = blockIdx.x, head = blockIdx.y, heads = gridDim.y, row = blockIdx.z;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int sub = lane / LANES, part = lane % LANES;
+    __shared__ float sums[WARPS][G][D], maxima[WARPS][G], weights[WARPS][G];
+    __shared__ float mine[G][D], most_of[G], weight_of[G];
+
+    const int end = filled[row], first = start[row];  // old keys
+    const int share = (end - first + SPLITS - 1) / SPLITS;
+    const int from = min(first + split * share, end), to = min(end, from + share);
+    const size_t base = ((size_t)row * heads + head) * length;
     const uint4* k = (const uint4*)(keys + base * D) + part;
     const uint4* v = (const uint4*)(values + base * D) + part;
-    for (int at = from + warp * AT_ONCE + sub; at - sub < to; at += WARPS * AT_ONCE * UNROLL) {
-        uint4 a[UNROLL], b[UNROLL];
+    float2 turn[8];
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            const int key = min(at + u * WARPS * AT_ONCE, to - 1);
-            a[u] = k[(size_t)key * LANES], b[u] = v[(size_t)key * LANES];
+    for (int i = 0; i < 8; ++i)
+        turn[i] = rope[(size_t)turned[row] * (D / 2) + (part * 8 + i) % (D / 2)];
+    float norm[8] = {};
+#if HEADNORM
+    unpack(norm, ((const uint4*)q_norm)[part]);
+#endif
+    int at = from + warp * AT_ONCE + sub;
+    uint4 a[UNROLL], b[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u)
+        if (at + u * STEP < to) {
+            a[u] = k[(size_t)(at + u * STEP) * LANES], b[u] = v[(size_t)(at + u * STEP) * LANES];
+        } else {
+            a[u] = b[u] = make_uint4(0, 0, 0, 0);
         }
+    wait_for_prior();
+    start_dependents();
+
+    const uint4* fresh = (const uint4*)(qkv + (size_t)row * (G + 2) * heads * D);
+    Sums s = {};
+    float q[G][8];
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+        unpack(q[g], fresh[(head * G + g) * LANES + part]);
+        prepare(q[g], norm, eps, turn, part);
+        s.top[g] = -1e30f;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) q[g][i] *= scale;
+    }
+    if (split == 0 && warp == 0) {  // the new key
+        float x[8];
+        unpack(x, fresh[(G * heads + head) * LANES + part]);
+#if HEADNORM
+        unpack(norm, ((const uint4*)k_norm)[part]);
+#endif
+        prepare(x, norm, eps, turn, part);
+        const uint4 key = make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]),
+                                     bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
+        const uint4 value[1] = {fresh[((G + 1) * heads + head) * LANES + part]};
+        if (sub == 0) {
+            ((uint4*)(keys + (base + end) * D))[part] = key;
+            ((uint4*)(values + (base + end) * D))[part] = value[0];
+        }
+        unpack(x, key);
+        float score[1][G];
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+            const float found = dot(q[g], x);
+            score[0][g] = sub == 0 ? found : -1e30f;
+        }
+        add<1>(s, score, value);
+    }
+    while (at - sub < to) {
         float score[UNROLL][G];
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
@@ -111,61 +195,39 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(
             unpack(x, a[u]);
 #pragma unroll
             for (int g = 0; g < G; ++g) {
-                float s = 0.f;
-#pragma unroll
-                for (int i = 0; i < 8; ++i) s += q[g][i] * x[i];
-#pragma unroll
-                for (int i = LANES / 2; i; i /= 2) s += __shfl_xor_sync(~0u, s, i);
-                score[u][g] = at + u * WARPS * AT_ONCE < to ? s : -1e30f;
+                const float found = dot(q[g], x);
+                score[u][g] = at + u * STEP < to ? found : -1e30f;
             }
         }
+        add<UNROLL>(s, score, b);
+        at += UNROLL * STEP;
 #pragma unroll
-        for (int g = 0; g < G; ++g) {
-            float most = top[g];
-#pragma unroll
-            for (int u = 0; u < UNROLL; ++u) most = fmaxf(most, score[u][g]);
-            const float shrink = exp2f(top[g] - most);
-            total[g] *= shrink, top[g] = most;
-#pragma unroll
-            for (int i = 0; i < 8; ++i) acc[g][i] *= shrink;
-#pragma unroll
-            for (int u = 0; u < UNROLL; ++u) {
-                const float s = score[u][g];
-                score[u][g] = s <= -1e30f ? 0.f : exp2f(s - most);
-                total[g] += score[u][g];
+        for (int u = 0; u < UNROLL; ++u)
+            if (at + u * STEP < to) {
+                a[u] = k[(size_t)(at + u * STEP) * LANES];
+                b[u] = v[(size_t)(at + u * STEP) * LANES];
             }
-        }
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            float x[8];
-            unpack(x, b[u]);
-#pragma unroll
-            for (int g = 0; g < G; ++g)
-#pragma unroll
-                for (int i = 0; i < 8; ++i) acc[g][i] += score[u][g] * x[i];
-        }
     }
 #pragma unroll
-    for (int g = 0; g < G; ++g) {  // add up the keys that a warp holds side by side
-        float most = top[g];
+    for (int g = 0; g < G; ++g) {  // the keys that a warp holds side by side
+        float most = s.top[g];
 #pragma unroll
         for (int i = LANES; i < 32; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
-        const float shrink = exp2f(top[g] - most);
-        total[g] *= shrink;
+        const float shrink = exp2f(s.top[g] - most);
+        float total = s.total[g] * shrink;
 #pragma unroll
-        for (int i = LANES; i < 32; i *= 2) total[g] += __shfl_xor_sync(~0u, total[g], i);
+        for (int i = LANES; i < 32; i *= 2) total += __shfl_xor_sync(~0u, total, i);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-            acc[g][j] *= shrink;
+            float sum = s.acc[g][j] * shrink;
 #pragma unroll
-            for (int i = LANES; i < 32; i *= 2) acc[g][j] += __shfl_xor_sync(~0u, acc[g][j], i);
-            if (sub == 0) sums[warp][g][part * 8 + j] = acc[g][j];
+            for (int i = LANES; i < 32; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
+            if (sub == 0) sums[warp][g][part * 8 + j] = sum;
         }
-        if (lane == 0) maxima[warp][g] = most, weights[warp][g] = total[g];
+        if (lane == 0) maxima[warp][g] = most, weights[warp][g] = total;
     }
     __syncthreads();
-    float* shares = partial + ((size_t)row * heads + head) * splits * G * (D + 2);
-    for (int e = threadIdx.x; e < G * D; e += WARPS * 32) {  // then its warps
+    for (int e = threadIdx.x; e < G * D; e += THREADS) {  // the warps of a block
         const int g = e / D, d = e % D;
         float most = -1e30f, weight = 0.f, sum = 0.f;
 #pragma unroll
@@ -175,35 +237,27 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) attention(
             const float shrink = exp2f(maxima[w][g] - most);
             weight += weights[w][g] * shrink, sum += sums[w][g][d] * shrink;
         }
-        u16* result = out + ((size_t)row * heads + head) * G * D + e;
-        if (splits == 1) {
-            *result = to_bf16(sum / weight);
-            continue;
-        }
-        float* to_share = shares + ((size_t)split * G + g) * (D + 2);
-        to_share[d] = sum;
-        if (d == 0) to_share[D] = most, to_share[D + 1] = weight;
+        mine[g][d] = sum;
+        if (d == 0) most_of[g] = most, weight_of[g] = weight;
     }
-    if (splits == 1) return;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        last = atomicAdd(counter + row * heads + head, 1) == splits - 1;
-        __threadfence();
-    }
-    __syncthreads();
-    if (!last) return;
-    for (int e = threadIdx.x; e < G * D; e += WARPS * 32) {  // then the shares
+    cluster_barrier();
+    for (int e = split * THREADS + threadIdx.x; e < G * D; e += SPLITS * THREADS) {  // the blocks
         const int g = e / D, d = e % D;
-        const volatile float* at = shares + (size_t)g * (D + 2);
-        const int step = G * (D + 2);
-        float most = -1e30f, weight = 0.f, sum = 0.f;
-        for (int s = 0; s < splits; ++s) most = fmaxf(most, at[s * step + D]);
-        for (int s = 0; s < splits; ++s) {
-            const float shrink = exp2f(at[s * step + D] - most);
-            weight += at[s * step + D + 1] * shrink, sum += at[s * step + d] * shrink;
+        float top[SPLITS], most = -1e30f, weight = 0.f, sum = 0.f;
+#pragma unroll
+        for (int r = 0; r < SPLITS; ++r) {
+            top[r] = of_block(&most_of[g], r);
+            most = fmaxf(most, top[r]);
+        }
+#pragma unroll
+        for (int r = 0; r < SPLITS; ++r) {
+            const float shrink = exp2f(top[r] - most);
+            weight += of_block(&weight_of[g], r) * shrink;
+            sum += of_block(&mine[g][d], r) * shrink;
         }
         out[((size_t)row * heads + head) * G * D + e] = to_bf16(sum / weight);
     }
-    if (threadIdx.x == 0) counter[row * heads + head] = 0;
+#if SPLITS > 1
+    cluster_barrier();  // nobody leaves while his share is read
+#endif
 }

@@ -54,13 +54,6 @@ __device__ __forceinline__ void mma(
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Into the second cache; a multiple of 16 bytes.
-__device__ __forceinline__ void prefetch_bytes(const void* from, u32 bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
-#endif
-}
-
 // Read once: past the first cache.
 __device__ __forceinline__ uint4 stream(const uint4* from) {
     uint4 v;
@@ -75,8 +68,9 @@ __device__ __forceinline__ float warp_sum(float v) {
     return v;
 }
 
-// The kernel after this one may start while this one runs (its blocks need room); what it does
-// before it waits may touch nothing that kernels write.
+// The kernel after this one may start once all blocks of this one are past their wait, if there is
+// room for its blocks. So before its own wait a kernel may read what the kernel before the one before
+// it, or an older one, wrote, and may write nothing.
 __device__ __forceinline__ void start_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -87,3 +81,58 @@ __device__ __forceinline__ void wait_for_prior() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+// --- what becomes of y = W x ----------------------------------------------------------------------
+
+#define STORE 0     // out[n][row] = y, bf16
+#define RESIDUAL 1  // x[n][row] += y, bf16; scaled = x * weight and squares of x for the next norm
+#define SWIGLU 2    // the first half of the rows is gate, the second up: silu(gate) * up, bf16
+#define LOGITS 3    // out[n][row] = y, fp32
+
+struct Output {
+    void* out;
+    const double* squares;  // [column]: of the input, whose norm is still to be applied; or null
+    float eps, width;      // of that norm
+    const u16* bias;       // [row], or null
+    const u16* weight;     // RESIDUAL: of the next norm
+    u16* scaled;           // RESIDUAL
+    double* next;          // RESIDUAL: [column], added to
+};
+
+#ifdef EPILOGUE
+// Rows g and g + 8 of a tile (SWIGLU: row g of both halves), column n. Eight lanes side by side have
+// the eight g of one tile and column; lanes that are not `on` repeat another's work.
+__device__ __forceinline__ void finish(
+    const Output& o, int tile, int g, int n, float upper, float lower, int rows, bool on) {
+    if (o.squares) {
+        const float r = rsqrtf((float)(o.squares[n] / o.width) + o.eps);
+        upper *= r, lower *= r;
+    }
+#if EPILOGUE == SWIGLU
+    const float y = upper / (1.f + __expf(-upper)) * lower;
+    if (on) ((u16*)o.out)[(size_t)n * (rows / 2) + tile * 8 + g] = to_bf16(y);
+#else
+    const int row = tile * 16 + g;
+    const size_t to = (size_t)n * rows + row;
+    if (o.bias) upper += from_bf16(o.bias[row]), lower += from_bf16(o.bias[row + 8]);
+#if EPILOGUE == LOGITS
+    if (on) ((float*)o.out)[to] = upper, ((float*)o.out)[to + 8] = lower;
+#elif EPILOGUE == RESIDUAL
+    u16* x = (u16*)o.out;
+    const u16 a = to_bf16(from_bf16(x[to]) + upper), b = to_bf16(from_bf16(x[to + 8]) + lower);
+    const float u = from_bf16(a), v = from_bf16(b);
+    float square = on ? u * u + v * v : 0.f;
+#pragma unroll
+    for (int i = 4; i; i /= 2) square += __shfl_xor_sync(~0u, square, i);
+    if (on) {
+        x[to] = a, x[to + 8] = b;
+        o.scaled[to] = to_bf16(u * from_bf16(o.weight[row]));
+        o.scaled[to + 8] = to_bf16(v * from_bf16(o.weight[row + 8]));
+        if (g == 0) atomicAdd(o.next + n, (double)square);
+    }
+#else
+    if (on) ((u16*)o.out)[to] = to_bf16(upper), ((u16*)o.out)[to + 8] = to_bf16(lower);
+#endif
+#endif
+}
+#endif

@@ -1,72 +1,63 @@
 // The rest of a decoding step, and INT4 -> bf16 for prefill.
 #include "common.cuh"
 
-// out[row] = table[token[row]], vectors of 8; grid (rows)
-extern "C" __global__ void embed(const long long* token, const uint4* table, uint4* out, int vectors) {
-    start_dependents();
+// x[row] = table[token[row]]; scaled = x * weight, and the squares of x, for the first norm; the
+// sums of squares of all other norms become zero. grid (rows), 256 threads
+extern "C" __global__ void __launch_bounds__(256) embed(
+    const long long* token, const uint4* table, const uint4* weight, uint4* x, uint4* scaled,
+    double* squares, int vectors, int norms) {
+    __shared__ float parts[8];
     wait_for_prior();
-    const uint4* from = table + (size_t)token[blockIdx.x] * vectors;
-    for (int i = threadIdx.x; i < vectors; i += blockDim.x)
-        out[(size_t)blockIdx.x * vectors + i] = from[i];
-}
-
-// out[row] = x[row] / rms(x[row]) * weight; grid (rows), 256 threads
-extern "C" __global__ void __launch_bounds__(256) rmsnorm(
-    const uint4* x, const uint4* weight, float eps, uint4* out, int vectors) {
-    __shared__ float squares[8];
     start_dependents();
-    wait_for_prior();
-    x += (size_t)blockIdx.x * vectors, out += (size_t)blockIdx.x * vectors;
+    const int row = blockIdx.x, rows = gridDim.x;
+    const uint4* from = table + (size_t)token[row] * vectors;
     float square = 0.f;
     for (int i = threadIdx.x; i < vectors; i += 256) {
-        const uint4 v = x[i];
+        const uint4 v = from[i], w = weight[i];
         square += squared(v.x) + squared(v.y) + squared(v.z) + squared(v.w);
+        x[(size_t)row * vectors + i] = v;
+        scaled[(size_t)row * vectors + i] =
+            make_uint4(times(v.x, w.x), times(v.y, w.y), times(v.z, w.z), times(v.w, w.w));
     }
+    for (int i = threadIdx.x + 1; i < norms; i += 256) squares[(size_t)i * rows + row] = 0.0;
     square = warp_sum(square);
-    if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = square;
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = square;
     __syncthreads();
+    if (threadIdx.x) return;
     square = 0.f;
-    for (int i = 0; i < 8; ++i) square += squares[i];
-    const float r = rsqrtf(square / (vectors * 8) + eps);
-    for (int i = threadIdx.x; i < vectors; i += 256) {
-        const uint4 v = x[i], w = weight[i];
-        out[i] = make_uint4(
-            bf16_pair(low(v.x) * r * low(w.x), high(v.x) * r * high(w.x)),
-            bf16_pair(low(v.y) * r * low(w.y), high(v.y) * r * high(w.y)),
-            bf16_pair(low(v.z) * r * low(w.z), high(v.z) * r * high(w.z)),
-            bf16_pair(low(v.w) * r * low(w.w), high(v.w) * r * high(w.w)));
-    }
+    for (int i = 0; i < 8; ++i) square += parts[i];
+    squares[row] = square;
 }
 
-// What follows a dense product y [columns][rows], as in linear.cu; grid (outputs / 256, columns).
-extern "C" __global__ void __launch_bounds__(256) finish(
-    const u16* y, const u16* residual, void* out, int rows, int epilogue) {
-    start_dependents();
+// What follows a dense product y [columns][rows] that a library made; grid (tiles / 32, columns),
+// 256 threads: eight a tile. EPILOGUE is defined at compilation.
+#ifdef EPILOGUE
+extern "C" __global__ void __launch_bounds__(256) after(const u16* y, Output output, int rows) {
     wait_for_prior();
-    const int at = blockIdx.x * 256 + threadIdx.x, outputs = epilogue == 2 ? rows / 2 : rows;
-    if (at >= outputs) return;
-    const size_t to = (size_t)blockIdx.y * outputs + at;
-    const float v = from_bf16(y[(size_t)blockIdx.y * rows + at]);
-    if (epilogue == 2) {
-        const float up = from_bf16(y[(size_t)blockIdx.y * rows + outputs + at]);
-        ((u16*)out)[to] = to_bf16(v / (1.f + __expf(-v)) * up);
-    } else if (epilogue == 3) {
-        ((float*)out)[to] = v;
-    } else {
-        ((u16*)out)[to] = to_bf16(epilogue == 1 ? from_bf16(residual[to]) + v : v);
-    }
+    start_dependents();
+    const int tiles = rows / 16, n = blockIdx.y, g = threadIdx.x % 8;
+    const int tile = min(blockIdx.x * 32 + (int)threadIdx.x / 8, tiles - 1);
+    const bool on = blockIdx.x * 32 + threadIdx.x / 8 < tiles;
+#if EPILOGUE == SWIGLU
+    const int upper = tile * 8 + g, lower = rows / 2 + upper;
+#else
+    const int upper = tile * 16 + g, lower = upper + 8;
+#endif
+    y += (size_t)n * rows;
+    finish(output, tile, g, n, from_bf16(y[upper]), from_bf16(y[lower]), rows, on);
 }
+#endif
 
 // The likeliest token of each row, the lowest of equal ones; then the row is one token on.
 // grid (blocks, rows), 256 threads; best and counter are zero before and after.
 extern "C" __global__ void __launch_bounds__(256) choose(
-    const float* logits, int tokens, u64* best, int* counter, long long* token, long long* told,
+    const float* logits, int tokens, int stride, u64* best, int* counter, long long* token, long long* told,
     int* count, int* filled, int* turned, int room) {
     __shared__ u64 found[8];
     const int row = blockIdx.y;
-    start_dependents();
     wait_for_prior();
-    logits += (size_t)row * tokens;
+    start_dependents();
+    logits += (size_t)row * stride;
     u64 most = 0;
     for (int i = blockIdx.x * 256 + threadIdx.x; i < tokens; i += gridDim.x * 256) {
         const u32 bits = __float_as_uint(logits[i]);
@@ -93,6 +84,7 @@ extern "C" __global__ void __launch_bounds__(256) choose(
     ++count[row], ++filled[row], ++turned[row];
 }
 
+#ifdef GROUP
 // Packed words -> bf16 [rows][K]; with `paired` tiles hold 8 rows of each half. grid (tiles),
 // 256 threads. GROUP and ZEROS are defined at compilation.
 extern "C" __global__ void __launch_bounds__(256) dequantize(
@@ -129,3 +121,4 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
         }
     }
 }
+#endif
