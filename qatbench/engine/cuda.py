@@ -37,6 +37,7 @@ class Kernel:
     handle: Any
     name: str
     overlaps: bool
+    shared: int  # bytes of dynamic shared memory
 
     def __call__(self, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         """Launch on the current stream.
@@ -52,6 +53,7 @@ class Kernel:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = self.shared
         config.hStream = torch.cuda.current_stream().cuda_stream
         if self.overlaps:
             config.attrs = [_overlapping()]
@@ -59,22 +61,26 @@ class Kernel:
         _done(driver.cuLaunchKernelEx(config, self.handle, ctypes.addressof(pointers), 0))
 
 
-def kernel(source: str, name: str, **defines: int) -> Kernel:
+def kernel(source: str, name: str, *, shared: int = 0, **defines: int) -> Kernel:
     """A function of a file under `kernels/`, for the current device, compiled if it has to be.
 
     Args:
         source: file name.
         name: of the `extern "C"` function.
+        shared: bytes of dynamic shared memory that it takes.
         defines: of the preprocessor.
 
     Raises: PrerequisiteError where the device is too old or a part of CUDA is missing.
     """
     known = tuple(sorted(defines.items()))
-    return _kernel(source, name, known, torch.cuda.current_device())
+    return _kernel(source, name, shared, known, torch.cuda.current_device())
 
 
 @functools.cache
-def _kernel(source: str, name: str, defines: tuple[tuple[str, int], ...], device: int) -> Kernel:
+def _kernel(
+    source: str, name: str, shared: int, defines: tuple[tuple[str, int], ...], device: int
+) -> Kernel:
+    driver = _binding("driver")
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST:
         raise PrerequisiteError(
@@ -83,8 +89,15 @@ def _kernel(source: str, name: str, defines: tuple[tuple[str, int], ...], device
             hint="--engine transformers",
         )
     module = _module(source, defines, capability, device)
-    function = _done(_binding("driver").cuModuleGetFunction(module, name.encode()))
-    return Kernel(function, name, capability >= OVERLAPS)
+    function = _done(driver.cuModuleGetFunction(module, name.encode()))
+    # One division of the first cache for all: to change it a multiprocessor has to run empty.
+    attributes = driver.CUfunction_attribute
+    settings = {attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT: 100}
+    if shared:
+        settings[attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = shared
+    for attribute, value in settings.items():
+        _done(driver.cuFuncSetAttribute(function, attribute, value))
+    return Kernel(function, name, capability >= OVERLAPS, shared)
 
 
 @functools.cache

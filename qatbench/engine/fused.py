@@ -258,10 +258,11 @@ class Step:
 
     def _attend(self, index: int, layer: _Layer) -> None:
         s, cache = self.fused.decoder.sizes, self.cache
+        unroll = 2 if s.group > 3 else 8 if self.splits * s.group == 1 else 4
         warps = 8 if s.group * s.head <= 1024 else 4  # their sums fit into shared memory
         function = cuda.kernel(
             "attention.cu", "attention", D=s.head, G=s.group, WARPS=warps, SPLITS=self.splits,
-            UNROLL=4 if s.group <= 3 else 2, HEADNORM=int(layer.q_norm is not None),
+            UNROLL=unroll, HEADNORM=int(layer.q_norm is not None),
         )  # fmt: skip
         function(
             (self.splits, s.kv_heads, len(self.token)), warps * 32, self.qkv, cache.keys[index],

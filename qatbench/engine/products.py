@@ -28,7 +28,7 @@ from qatbench.errors import PrerequisiteError
 STORE, RESIDUAL, SWIGLU, LOGITS = range(4)
 """Epilogues."""
 MOST_COLUMNS = 64
-_SHARED = 47 << 10  # bytes a block may use without asking
+_STATIC = 32 << 10  # bytes of shared memory for the sums of a block's warps
 
 
 class _Weights(ctypes.Structure):
@@ -117,7 +117,7 @@ class Product:
         found = [LIBRARY] if columns > 1 or not isinstance(self.weight, Packed) else []
         if columns > MOST_COLUMNS:
             return found
-        for warps, tiles, depth in itertools.product((8, 12, 16), (1, 2), (2, 3, 4)):
+        for warps, tiles, depth in itertools.product((8, 12, 16), (1, 2), (2, 3, 4, 6, 8)):
             for blocks in (1, 2, 3, 4):
                 form = Form(warps, tiles, depth, blocks)
                 if self._fits(form, columns):
@@ -126,21 +126,31 @@ class Product:
 
     def _fits(self, form: Form, columns: int) -> bool:
         packed = isinstance(self.weight, Packed)
-        span = max(self.weight.group, CHUNK) if isinstance(self.weight, Packed) else 4 * CHUNK
-        ring = form.depth * form.tiles * (span // CHUNK) * 4  # registers
-        sums = form.tiles * _column_tiles(columns) * (8 if packed else 4)
+        sums = form.tiles * _column_tiles(columns) * (12 if packed else 4)  # registers
         threads = form.warps * 32 * form.blocks
         shared = form.warps * form.tiles * _column_tiles(columns) * 32 * 16
+        most = shared_bytes() // form.blocks - 1024
         return (
             self.rows % (TILE * form.tiles) == 0
-            and shared <= _SHARED
-            and 384 <= threads <= 1024
-            and ring + sums + 24 <= 65536 // threads
+            and shared <= _STATIC
+            and shared + self.shared(form) <= most
+            and 256 <= threads <= 1024
+            and sums + 40 <= 65536 // threads
         )
+
+    def shared(self, form: Form) -> int:
+        """Bytes of the spans that are on their way to a block."""
+        w = self.weight
+        if not isinstance(w, Packed):
+            return form.warps * form.depth * form.tiles * 4 * 512
+        span = max(w.group, CHUNK)
+        scales = (1 if w.zeros is None else 2) * span // w.group * 32
+        return form.warps * form.depth * form.tiles * (span // CHUNK * 512 + scales)
 
     def build(self, form: Form, columns: int) -> cuda.Kernel:
         """A form, ready to be launched."""
-        return cuda.kernel("linear.cu", "linear", **self._defines(form, columns))
+        defines = self._defines(form, columns)
+        return cuda.kernel("linear.cu", "linear", shared=self.shared(form), **defines)
 
     def compile(self, form: Form, columns: int) -> None:
         """Compile a form into the cache."""
@@ -219,6 +229,13 @@ def _shared_by(columns: int) -> str:
     if columns == 1 or columns > MOST_COLUMNS:
         return "1" if columns == 1 else "many"
     return str(8 * _column_tiles(columns))
+
+
+@functools.cache
+def shared_bytes() -> int:
+    """Shared memory of a multiprocessor of the current device."""
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return int(device.shared_memory_per_multiprocessor)
 
 
 @functools.cache

@@ -14,7 +14,7 @@
 // which is what comes in here, and adds up the squares of x; 1 / rms is applied to y.
 //
 // Defined at compilation: BITS 4 | 16; GROUP inputs a scale (BITS 4); ZEROS 0 | 1; NT, MT (tiles a
-// block works on at once), WARPS, DEPTH (spans in flight a warp), BLOCKS (that
+// block works on at once), WARPS, DEPTH (spans on their way a warp), BLOCKS (that
 // share a multiprocessor); SINGLE (one column); EPILOGUE.
 #include "common.cuh"
 
@@ -30,12 +30,21 @@
 #endif
 #define THREADS (WARPS * 32)
 
-struct Slot {
-    uint4 w[MT][LOADS];
+#define VECTORS (MT * LOADS * 32)  // of a slot
 #if BITS == 4
-    u32 scale[MT][GROUPS_A_SPAN];
+#define PIECES (MT * GROUPS_A_SPAN * (1 + ZEROS) * 2)  // of 16 bytes: scales, then zeros
+#else
+#define PIECES 0
+#endif
+
+// One span of a block's tiles on its way through shared memory. A lane reads the words that it asked
+// for itself; scales are shared by the warp.
+struct Slot {
+    uint4 w[MT][LOADS][32];
+#if BITS == 4
+    u32 scale[MT][GROUPS_A_SPAN][8];
 #if ZEROS
-    u32 zero[MT][GROUPS_A_SPAN];
+    u32 zero[MT][GROUPS_A_SPAN][8];
 #endif
 #endif
 };
@@ -48,23 +57,15 @@ struct Weights {
 };
 
 __device__ __forceinline__ void fetch(Slot& slot, const Weights& W, int block, int span, int lane) {
-    const int g = lane >> 2;
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
         const int tile = block * MT + m;
 #if BITS == 4
         const uint4* from = W.words + ((size_t)tile * (W.K / 64) + span * LOADS) * 32 + lane;
 #pragma unroll
-        for (int i = 0; i < LOADS; ++i) slot.w[m][i] = stream(from + i * 32);
-        const size_t at = ((size_t)tile * (W.K / GROUP) + span * GROUPS_A_SPAN) * 8 + g;
-#pragma unroll
-        for (int i = 0; i < GROUPS_A_SPAN; ++i) {
-            slot.scale[m][i] = W.scales[at + i * 8];
-#if ZEROS
-            slot.zero[m][i] = W.zeros[at + i * 8];
-#endif
-        }
+        for (int i = 0; i < LOADS; ++i) copy_async(&slot.w[m][i][lane], from + i * 32);
 #else
+        const int g = lane >> 2;
 #if EPILOGUE == SWIGLU
         const int upper = tile * 8 + g, lower = W.rows / 2 + upper;
 #else
@@ -73,10 +74,25 @@ __device__ __forceinline__ void fetch(Slot& slot, const Weights& W, int block, i
         const int step = W.K / 8, at = span * 8 + (lane & 3);  // in vectors of 8
         const uint4* a = W.words + (size_t)upper * step + at;
         const uint4* b = W.words + (size_t)lower * step + at;
-        slot.w[m][0] = stream(a), slot.w[m][1] = stream(b);
-        slot.w[m][2] = stream(a + 4), slot.w[m][3] = stream(b + 4);
+        copy_async(&slot.w[m][0][lane], a), copy_async(&slot.w[m][1][lane], b);
+        copy_async(&slot.w[m][2][lane], a + 4), copy_async(&slot.w[m][3][lane], b + 4);
 #endif
     }
+#if BITS == 4
+    for (int piece = lane; piece < PIECES; piece += 32) {  // two a group and tile
+        const int half = piece % 2, group = piece / 2 % GROUPS_A_SPAN;
+        const int m = piece / (2 * GROUPS_A_SPAN) % MT;
+        const size_t tile = block * MT + m;
+        const size_t at = (tile * (W.K / GROUP) + span * GROUPS_A_SPAN + group) * 8 + half * 4;
+#if ZEROS
+        if (piece >= PIECES / 2) {
+            copy_async(&slot.zero[m][group][half * 4], W.zeros + at);
+            continue;
+        }
+#endif
+        copy_async(&slot.scale[m][group][half * 4], W.scales + at);
+    }
+#endif
 }
 
 // One span of all columns: acc += W[:, span] x[span].
@@ -106,13 +122,13 @@ __device__ __forceinline__ void multiply(
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
 #if ZEROS
-                const u32 pair = slot.zero[m][group];
+                const u32 pair = slot.zero[m][group][g];
                 const u32 upper = __byte_perm(pair, 0, 0x1010) | 0x80008000u;
                 const u32 lower = __byte_perm(pair, 0, 0x3232) | 0x80008000u;
 #else
                 const u32 upper = 0xC308C308u, lower = 0xC308C308u;  // -(128 + 8)
 #endif
-                const uint4 four = slot.w[m][i / 2];
+                const uint4 four = slot.w[m][i / 2][lane];
                 const u32 words[2] = {i % 2 ? four.z : four.x, i % 2 ? four.w : four.y};
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
@@ -137,7 +153,7 @@ __device__ __forceinline__ void multiply(
         }
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            const u32 pair = slot.scale[m][group];
+            const u32 pair = slot.scale[m][group][g];
             const float scale[2] = {half_low(pair), half_high(pair)};
 #pragma unroll
             for (int n = 0; n < NT; ++n)
@@ -160,7 +176,7 @@ __device__ __forceinline__ void multiply(
         for (int n = 0; n < NT; ++n) b[n] = mine[n][i * 4];
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            const uint4 u = slot.w[m][2 * i], v = slot.w[m][2 * i + 1];
+            const uint4 u = slot.w[m][2 * i][lane], v = slot.w[m][2 * i + 1][lane];
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
                 mma(acc[m][n], u.x, v.x, u.y, v.y, b[n].x, b[n].y);
@@ -173,35 +189,33 @@ __device__ __forceinline__ void multiply(
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
     Weights W, const uint4* x, Output output, int columns) {
+    extern __shared__ __align__(128) Slot ring[];
     __shared__ float4 sums[WARPS][MT][NT][32];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const int spans = W.K / SPAN, blocks = W.rows / (16 * MT);
-    const int slots = (spans + WARPS * DEPTH - 1) / (WARPS * DEPTH) * DEPTH;  // a warp and block
+    Slot* mine = ring + warp * DEPTH;
 
-    Slot ring[DEPTH];
-    int next_block = blockIdx.x, next = 0;  // what is fetched next
-#pragma unroll
+    int next_block = warp < spans ? blockIdx.x : blocks, next = warp;  // what is asked for next
+#pragma unroll 1
     for (int d = 0; d < DEPTH; ++d) {
-        const int span = warp + next * WARPS;
-        if (next_block < blocks && span < spans) fetch(ring[d], W, next_block, span, lane);
-        ++next;
+        if (next_block < blocks) fetch(mine[d], W, next_block, next, lane);
+        end_of_copies();
+        if ((next += WARPS) >= spans) next = warp, next_block += gridDim.x;
     }
-    if (next == slots) next = 0, next_block += gridDim.x;
     wait_for_prior();
     start_dependents();
+    int slot = 0;
     for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
         float acc[MT][NT][4] = {};
-        for (int slot = 0; slot < slots; slot += DEPTH) {
-#pragma unroll
-            for (int d = 0; d < DEPTH; ++d) {
-                const int span = warp + (slot + d) * WARPS;
-                if (span < spans) multiply(acc, ring[d], x, W.K, columns, span, lane);
-                const int coming = warp + (next + d) * WARPS;
-                if (next_block < blocks && coming < spans)
-                    fetch(ring[d], W, next_block, coming, lane);
-            }
-            next += DEPTH;
-            if (next == slots) next = 0, next_block += gridDim.x;
+        for (int span = warp; span < spans; span += WARPS) {
+            wait_for_copies<DEPTH - 1>();
+            __syncwarp();
+            multiply(acc, mine[slot], x, W.K, columns, span, lane);
+            __syncwarp();
+            if (next_block < blocks) fetch(mine[slot], W, next_block, next, lane);
+            end_of_copies();
+            if ((next += WARPS) >= spans) next = warp, next_block += gridDim.x;
+            if (++slot == DEPTH) slot = 0;
         }
         __syncthreads();  // the sums of the block before were read
 #pragma unroll
