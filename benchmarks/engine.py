@@ -34,8 +34,9 @@ import train_step  # noqa: E402
 from kept import show  # noqa: E402
 
 from qatbench.engine.fast import FastRunner  # noqa: E402
+from qatbench.engine.forms import measured  # noqa: E402
 from qatbench.engine.plain import PlainRunner  # noqa: E402
-from qatbench.engine.products import LIBRARY, Product, measured  # noqa: E402
+from qatbench.engine.products import LIBRARY, Product  # noqa: E402
 from qatbench.engine.runner import Runner  # noqa: E402
 from qatbench.quant.grid import Grid, quantize, round_scales  # noqa: E402
 from qatbench.quant.packing import Affine  # noqa: E402

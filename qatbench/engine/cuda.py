@@ -13,7 +13,8 @@ import hashlib
 import importlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from qatbench import store
 from qatbench.errors import PrerequisiteError
 
 SOURCES = Path(__file__).parent / "kernels"
-COMMON = "common.cuh"
 LEAST = (8, 0)  # compute capability: bf16 products
 OVERLAPS = (9, 0)  # from here on a kernel may start before its predecessor has ended
 
@@ -109,10 +109,17 @@ def _module(
     return _done(_binding("driver").cuModuleLoadData(image))
 
 
-def digest(source: str) -> str:
-    """Of a source with what it includes: eight hexadecimal digits."""
-    code = (SOURCES / source).read_bytes() + (SOURCES / COMMON).read_bytes()
-    return hashlib.sha256(code).hexdigest()[:8]
+def digest(*sources: str) -> str:
+    """Of sources with what they include: eight hexadecimal digits."""
+    code = [(SOURCES / source).read_bytes() for source in sources]
+    return hashlib.sha256(b"".join([*code, *_headers().values()])).hexdigest()[:8]
+
+
+def compile_all(wanted: Sequence[tuple[str, Mapping[str, int]]]) -> None:
+    """Compile sources for the current device into the cache, several at once."""
+    capability = torch.cuda.get_device_capability()
+    with ThreadPoolExecutor() as pool:  # the compiler lets other threads run
+        list(pool.map(lambda one: binary(one[0], one[1], capability), wanted))
 
 
 def binary(source: str, defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
@@ -121,16 +128,17 @@ def binary(source: str, defines: Mapping[str, int], capability: tuple[int, int])
     Raises: PrerequisiteError if NVRTC is missing or refuses the source.
     """
     code = (SOURCES / source).read_bytes()
-    common = (SOURCES / COMMON).read_bytes()
     nvrtc = _binding("nvrtc")
     version = ".".join(map(str, _done(nvrtc.nvrtcVersion())))
     options = [f"-D{key}={value}" for key, value in sorted(defines.items())]
     options += [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "-std=c++17"]
-    digest = hashlib.sha256(b"\0".join([code, common, version.encode(), *map(str.encode, options)]))
+    digest = hashlib.sha256(
+        b"\0".join([code, *_headers().values(), version.encode(), *map(str.encode, options)])
+    )
     file = store.cache_folder() / "kernels" / f"{Path(source).stem}-{digest.hexdigest()[:20]}.cubin"
     if file.exists():
         return file.read_bytes()
-    image = _compiled(nvrtc, source, code, common, options)
+    image = _compiled(nvrtc, source, code, options)
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent)
     with os.fdopen(handle, "wb") as stream:
@@ -139,8 +147,17 @@ def binary(source: str, defines: Mapping[str, int], capability: tuple[int, int])
     return image
 
 
-def _compiled(nvrtc: Any, source: str, code: bytes, common: bytes, options: list[str]) -> bytes:
-    program = _done(nvrtc.nvrtcCreateProgram(code, source.encode(), 1, [common], [COMMON.encode()]))
+@functools.cache
+def _headers() -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(SOURCES.glob("*.cuh"))}
+
+
+def _compiled(nvrtc: Any, source: str, code: bytes, options: list[str]) -> bytes:
+    headers = _headers()
+    names = [name.encode() for name in headers]
+    program = _done(
+        nvrtc.nvrtcCreateProgram(code, source.encode(), len(names), [*headers.values()], names)
+    )
     told = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])[0]
     if int(told):
         log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))

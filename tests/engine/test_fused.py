@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from qatbench.engine import products
+from qatbench.engine import cuda, products
 from qatbench.engine.decoder import torch_step
 from qatbench.engine.fast import FastRunner
 from qatbench.engine.products import (
@@ -24,6 +24,7 @@ from qatbench.engine.products import (
     NextNorm,
     Product,
 )
+from qatbench.engine.step import Step
 from qatbench.engine.weights import pack
 from qatbench.quant.packing import Affine
 from qatbench.vlm.batch import Encoded
@@ -87,8 +88,9 @@ def test_products(out: int, width: int, group: int, zeros: bool, columns: int, i
         (Product(weight, LOGITS), squares, normed, 1e-5),
         (Product(paired, SWIGLU), squares, F.silu(gate) * up, TWICE),
     ]
-    forms = [(product, form) for product, *_ in cases for form in product.forms(columns)]
-    products.compile_all(forms, columns)
+    every = [(product, form) for product, *_ in cases for form in product.forms(columns)]
+    wanted = [p.built(form, columns) for p, form in every if form != LIBRARY]
+    cuda.compile_all([("linear.cu", defines) for defines in wanted])
     for product, given, want, bound in cases:
         for form in product.forms(columns):
             residual = product.epilogue == RESIDUAL
@@ -120,6 +122,8 @@ def few_forms(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     monkeypatch.setenv("XDG_CACHE_HOME", str(root))
     every = Product.forms
     monkeypatch.setattr(Product, "forms", lambda self, columns: some(every(self, columns)))
+    whole = Step._candidates
+    monkeypatch.setattr(Step, "_candidates", lambda self: some(whole(self)))
 
 
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -130,12 +134,14 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM,
               {"heads": 4, "kv": 2, "head_dim": 128}),
 }  # fmt: skip
+WIDE = {"hidden_size": 2048, "intermediate_size": 4096}  # for the kernel of all layers
 
 
-def loaded_of(family: str, seed: int = 0) -> Loaded:
+def loaded_of(family: str, seed: int = 0, **other: int) -> Loaded:
     config_class, model_class, sizes = FAMILIES[family]
+    widths = {"hidden_size": 384, "intermediate_size": 768} | other
     config = config_class(
-        vocab_size=512, hidden_size=384, intermediate_size=768, num_hidden_layers=3,
+        vocab_size=512, **widths, num_hidden_layers=3,
         num_attention_heads=sizes["heads"], num_key_value_heads=sizes["kv"],
         head_dim=sizes.get("head_dim", 64), max_position_embeddings=1024, pad_token_id=0,
         eos_token_id=1, bos_token_id=None, tie_word_embeddings=False,
@@ -200,6 +206,25 @@ def test_steps_are_those_of_torch(family: str, lengths: tuple[int, ...], packed:
     weights = int4(reference) if packed else None
     fast = FastRunner(loaded_of(family), weights)
     compare_steps(fast, FastRunner(reference, kernels=False), prompts(*lengths))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(
+    "lengths", [(700,), (33, 64, 7), (40, 50, 60, 33, 34, 35, 36, 37, 38)], ids=str
+)
+@pytest.mark.parametrize("packed", [False, True], ids=["bf16", "int4"])
+def test_all_layers_in_one_kernel(
+    family: str, lengths: tuple[int, ...], packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = loaded_of(family, **WIDE)
+    weights = int4(reference) if packed else None
+    fast = FastRunner(loaded_of(family, **WIDE), weights)
+    slow = FastRunner(reference, kernels=False)
+    candidates = fast.start(prompts(*lengths), 2).state.step._candidates()
+    assert candidates
+    for whole in candidates:
+        monkeypatch.setattr(Step, "_fastest", lambda self, whole=whole: whole)
+        compare_steps(fast, slow, prompts(*lengths))
 
 
 def test_steps_of_one_call_and_of_several_are_the_same() -> None:

@@ -1,89 +1,9 @@
-// One new token of every row looks at what its cache holds: rotary embedding and cache write included.
+// One new token of every row looks at what its cache holds. The SPLITS blocks of a head are a cluster
+// and add up their shares through shared memory. Only the filled part of the cache is read, and its
+// first keys are asked for before the kernel before this one has ended: they are older than it.
 //
-// A block takes a share of the keys of one key-value head and one row for all G query heads that use
-// it; the SPLITS blocks of a head are a cluster and add up their shares through shared memory. Only
-// the filled part of the cache is read, and its first keys are asked for before the kernel before
-// this one has ended: they are older than it.
-//
-// Defined at compilation: D (head size, a multiple of 64), G, WARPS, UNROLL (keys in flight a lane),
-// SPLITS (1 before compute capability 9.0), HEADNORM 0 | 1 (queries and keys are RMS-normalised by
-// head: Qwen3).
-#include "common.cuh"
-
-#define LANES (D / 8)         // that hold one key, eight numbers each
-#define AT_ONCE (32 / LANES)  // keys of a warp
-#define STEP (WARPS * AT_ONCE)
-#define THREADS (WARPS * 32)
-
-__device__ __forceinline__ void unpack(float (&to)[8], uint4 v) {
-    to[0] = low(v.x), to[1] = high(v.x), to[2] = low(v.y), to[3] = high(v.y);
-    to[4] = low(v.z), to[5] = high(v.z), to[6] = low(v.w), to[7] = high(v.w);
-}
-
-// Normalise (HEADNORM) and rotate a head that LANES lanes hold together. Halves are paired: input d
-// with d + D / 2, which the lane LANES / 2 further has.
-__device__ __forceinline__ void prepare(
-    float (&r)[8], const float (&weight)[8], float eps, const float2 (&turn)[8], int part) {
-#if HEADNORM
-    float square = 0.f;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) square += r[i] * r[i];
-#pragma unroll
-    for (int i = LANES / 2; i; i /= 2) square += __shfl_xor_sync(~0u, square, i);
-    const float scale = rsqrtf(square / D + eps);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) r[i] *= scale * weight[i];
-#endif
-    const float sign = part < LANES / 2 ? -1.f : 1.f;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const float other = __shfl_xor_sync(~0u, r[i], LANES / 2);
-        r[i] = r[i] * turn[i].x + sign * other * turn[i].y;
-    }
-}
-
-struct Sums {
-    float acc[G][8], top[G], total[G];
-};
-
-// Add some keys; score < -1e29 is no key.
-template <int N>
-__device__ __forceinline__ void add(Sums& s, const float (&score)[N][G], const uint4 (&value)[N]) {
-    float weight[N][G];
-#pragma unroll
-    for (int g = 0; g < G; ++g) {
-        float most = s.top[g];
-#pragma unroll
-        for (int u = 0; u < N; ++u) most = fmaxf(most, score[u][g]);
-        const float shrink = exp2f(s.top[g] - most);
-        s.total[g] *= shrink, s.top[g] = most;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) s.acc[g][i] *= shrink;
-#pragma unroll
-        for (int u = 0; u < N; ++u) {
-            weight[u][g] = score[u][g] < -1e29f ? 0.f : exp2f(score[u][g] - most);
-            s.total[g] += weight[u][g];
-        }
-    }
-#pragma unroll
-    for (int u = 0; u < N; ++u) {
-        float x[8];
-        unpack(x, value[u]);
-#pragma unroll
-        for (int g = 0; g < G; ++g)
-#pragma unroll
-            for (int i = 0; i < 8; ++i) s.acc[g][i] += weight[u][g] * x[i];
-    }
-}
-
-__device__ __forceinline__ float dot(const float (&q)[8], const float (&x)[8]) {
-    float s = 0.f;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) s += q[i] * x[i];
-#pragma unroll
-    for (int i = LANES / 2; i; i /= 2) s += __shfl_xor_sync(~0u, s, i);
-    return s;
-}
+// Defined at compilation: as in attention.cuh; SPLITS (1 before compute capability 9.0).
+#include "attention.cuh"
 
 __device__ __forceinline__ float of_block(const float* shared, int rank) {
 #if SPLITS > 1
@@ -107,155 +27,38 @@ __device__ __forceinline__ void cluster_barrier() {
 }
 
 // grid (SPLITS, key-value heads, rows)
-extern "C" __global__ void __launch_bounds__(THREADS)
+// grid (SPLITS, key-value heads * parts, rows)
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
 #if SPLITS > 1
     __cluster_dims__(SPLITS, 1, 1)
 #endif
-    attention(
-        const u16* qkv,          // [rows][(H + 2 KV) * D]
-        u16* keys, u16* values,  // [rows][KV][length][D]
-        const float2* rope,      // [position][D / 2]: cos, sin
-        const int* filled,       // [rows]: keys in the cache; the new one goes there
-        const int* start,        // [rows]: the first that is no padding
-        const int* turned,       // [rows]: rotary position of the new token
-        const u16* q_norm, const u16* k_norm, float eps,
-        u16* out,                // [rows][H * D]
-        int length, float scale) {
-    const int split = blockIdx.x, head = blockIdx.y, heads = gridDim.y, row = blockIdx.z;
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const int sub = lane / LANES, part = lane % LANES;
-    __shared__ float sums[WARPS][G][D], maxima[WARPS][G], weights[WARPS][G];
-    __shared__ float mine[G][D], most_of[G], weight_of[G];
-
-    const int end = filled[row], first = start[row];  // old keys
-    const int share = (end - first + SPLITS - 1) / SPLITS;
-    const int from = min(first + split * share, end), to = min(end, from + share);
-    const size_t base = ((size_t)row * heads + head) * length;
-    const uint4* k = (const uint4*)(keys + base * D) + part;
-    const uint4* v = (const uint4*)(values + base * D) + part;
-    float2 turn[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-        turn[i] = rope[(size_t)turned[row] * (D / 2) + (part * 8 + i) % (D / 2)];
-    float norm[8] = {};
-#if HEADNORM
-    unpack(norm, ((const uint4*)q_norm)[part]);
-#endif
-    int at = from + warp * AT_ONCE + sub;
-    uint4 a[UNROLL], b[UNROLL];
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u)
-        if (at + u * STEP < to) {
-            a[u] = k[(size_t)(at + u * STEP) * LANES], b[u] = v[(size_t)(at + u * STEP) * LANES];
-        } else {
-            a[u] = b[u] = make_uint4(0, 0, 0, 0);
-        }
+    attention(Attention t) {
+    __shared__ Share shared;
+    const int parts = t.group / HEADS;
+    const Item item = {(int)blockIdx.z, (int)blockIdx.y / parts, (int)blockIdx.y % parts,
+                       (int)blockIdx.x, SPLITS};
+    Keys keys;
+    ask(keys, t, item);
     wait_for_prior();
     start_dependents();
-
-    const uint4* fresh = (const uint4*)(qkv + (size_t)row * (G + 2) * heads * D);
-    Sums s = {};
-    float q[G][8];
-#pragma unroll
-    for (int g = 0; g < G; ++g) {
-        unpack(q[g], fresh[(head * G + g) * LANES + part]);
-        prepare(q[g], norm, eps, turn, part);
-        s.top[g] = -1e30f;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) q[g][i] *= scale;
-    }
-    if (split == 0 && warp == 0) {  // the new key
-        float x[8];
-        unpack(x, fresh[(G * heads + head) * LANES + part]);
-#if HEADNORM
-        unpack(norm, ((const uint4*)k_norm)[part]);
-#endif
-        prepare(x, norm, eps, turn, part);
-        const uint4 key = make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]),
-                                     bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
-        const uint4 value[1] = {fresh[((G + 1) * heads + head) * LANES + part]};
-        if (sub == 0) {
-            ((uint4*)(keys + (base + end) * D))[part] = key;
-            ((uint4*)(values + (base + end) * D))[part] = value[0];
-        }
-        unpack(x, key);
-        float score[1][G];
-#pragma unroll
-        for (int g = 0; g < G; ++g) {
-            const float found = dot(q[g], x);
-            score[0][g] = sub == 0 ? found : -1e30f;
-        }
-        add<1>(s, score, value);
-    }
-    while (at - sub < to) {
-        float score[UNROLL][G];
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            float x[8];
-            unpack(x, a[u]);
-#pragma unroll
-            for (int g = 0; g < G; ++g) {
-                const float found = dot(q[g], x);
-                score[u][g] = at + u * STEP < to ? found : -1e30f;
-            }
-        }
-        add<UNROLL>(s, score, b);
-        at += UNROLL * STEP;
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u)
-            if (at + u * STEP < to) {
-                a[u] = k[(size_t)(at + u * STEP) * LANES];
-                b[u] = v[(size_t)(at + u * STEP) * LANES];
-            }
-    }
-#pragma unroll
-    for (int g = 0; g < G; ++g) {  // the keys that a warp holds side by side
-        float most = s.top[g];
-#pragma unroll
-        for (int i = LANES; i < 32; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
-        const float shrink = exp2f(s.top[g] - most);
-        float total = s.total[g] * shrink;
-#pragma unroll
-        for (int i = LANES; i < 32; i *= 2) total += __shfl_xor_sync(~0u, total, i);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            float sum = s.acc[g][j] * shrink;
-#pragma unroll
-            for (int i = LANES; i < 32; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
-            if (sub == 0) sums[warp][g][part * 8 + j] = sum;
-        }
-        if (lane == 0) maxima[warp][g] = most, weights[warp][g] = total;
-    }
-    __syncthreads();
-    for (int e = threadIdx.x; e < G * D; e += THREADS) {  // the warps of a block
-        const int g = e / D, d = e % D;
-        float most = -1e30f, weight = 0.f, sum = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) most = fmaxf(most, maxima[w][g]);
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) {
-            const float shrink = exp2f(maxima[w][g] - most);
-            weight += weights[w][g] * shrink, sum += sums[w][g][d] * shrink;
-        }
-        mine[g][d] = sum;
-        if (d == 0) most_of[g] = most, weight_of[g] = weight;
-    }
+    attend(shared, keys, t, item);
     cluster_barrier();
-    for (int e = split * THREADS + threadIdx.x; e < G * D; e += SPLITS * THREADS) {  // the blocks
+    u16* out = result_of(t, item);
+    for (int e = item.split * WARPS * 32 + threadIdx.x; e < HEADS * D; e += SPLITS * WARPS * 32) {
         const int g = e / D, d = e % D;
         float top[SPLITS], most = -1e30f, weight = 0.f, sum = 0.f;
 #pragma unroll
         for (int r = 0; r < SPLITS; ++r) {
-            top[r] = of_block(&most_of[g], r);
+            top[r] = of_block(&shared.most[g], r);
             most = fmaxf(most, top[r]);
         }
 #pragma unroll
         for (int r = 0; r < SPLITS; ++r) {
             const float shrink = exp2f(top[r] - most);
-            weight += of_block(&weight_of[g], r) * shrink;
-            sum += of_block(&mine[g][d], r) * shrink;
+            weight += of_block(&shared.weight[g], r) * shrink;
+            sum += of_block(&shared.sum[g][d], r) * shrink;
         }
-        out[((size_t)row * heads + head) * G * D + e] = to_bf16(sum / weight);
+        out[e] = to_bf16(sum / weight);
     }
 #if SPLITS > 1
     cluster_barrier();  // nobody leaves while his share is read

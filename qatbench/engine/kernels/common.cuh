@@ -1,3 +1,4 @@
+#pragma once
 // What the kernels share. No header of CUDA is needed: bf16 is handled as its 16 bits.
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -105,40 +106,39 @@ struct Output {
     double* next;          // RESIDUAL: [column], added to
 };
 
-#ifdef EPILOGUE
 // Rows g and g + 8 of a tile (SWIGLU: row g of both halves), column n. Eight lanes side by side have
 // the eight g of one tile and column; lanes that are not `on` repeat another's work.
 __device__ __forceinline__ void finish(
-    const Output& o, int tile, int g, int n, float upper, float lower, int rows, bool on) {
+    const Output& o, int epilogue, int tile, int g, int n, float upper, float lower, int rows,
+    bool on) {
     if (o.squares) {
         const float r = rsqrtf((float)(o.squares[n] / o.width) + o.eps);
         upper *= r, lower *= r;
     }
-#if EPILOGUE == SWIGLU
-    const float y = upper / (1.f + __expf(-upper)) * lower;
-    if (on) ((u16*)o.out)[(size_t)n * (rows / 2) + tile * 8 + g] = to_bf16(y);
-#else
+    if (epilogue == SWIGLU) {
+        const float y = upper / (1.f + __expf(-upper)) * lower;
+        if (on) ((u16*)o.out)[(size_t)n * (rows / 2) + tile * 8 + g] = to_bf16(y);
+        return;
+    }
     const int row = tile * 16 + g;
     const size_t to = (size_t)n * rows + row;
     if (o.bias) upper += from_bf16(o.bias[row]), lower += from_bf16(o.bias[row + 8]);
-#if EPILOGUE == LOGITS
-    if (on) ((float*)o.out)[to] = upper, ((float*)o.out)[to + 8] = lower;
-#elif EPILOGUE == RESIDUAL
-    u16* x = (u16*)o.out;
-    const u16 a = to_bf16(from_bf16(x[to]) + upper), b = to_bf16(from_bf16(x[to + 8]) + lower);
-    const float u = from_bf16(a), v = from_bf16(b);
-    float square = on ? u * u + v * v : 0.f;
+    if (epilogue == LOGITS) {
+        if (on) ((float*)o.out)[to] = upper, ((float*)o.out)[to + 8] = lower;
+    } else if (epilogue == RESIDUAL) {
+        u16* x = (u16*)o.out;
+        const u16 a = to_bf16(from_bf16(x[to]) + upper), b = to_bf16(from_bf16(x[to + 8]) + lower);
+        const float u = from_bf16(a), v = from_bf16(b);
+        float square = on ? u * u + v * v : 0.f;
 #pragma unroll
-    for (int i = 4; i; i /= 2) square += __shfl_xor_sync(~0u, square, i);
-    if (on) {
-        x[to] = a, x[to + 8] = b;
-        o.scaled[to] = to_bf16(u * from_bf16(o.weight[row]));
-        o.scaled[to + 8] = to_bf16(v * from_bf16(o.weight[row + 8]));
-        if (g == 0) atomicAdd(o.next + n, (double)square);
+        for (int i = 4; i; i /= 2) square += __shfl_xor_sync(~0u, square, i);
+        if (on) {
+            x[to] = a, x[to + 8] = b;
+            o.scaled[to] = to_bf16(u * from_bf16(o.weight[row]));
+            o.scaled[to + 8] = to_bf16(v * from_bf16(o.weight[row + 8]));
+            if (g == 0) atomicAdd(o.next + n, (double)square);
+        }
+    } else if (on) {
+        ((u16*)o.out)[to] = to_bf16(upper), ((u16*)o.out)[to + 8] = to_bf16(lower);
     }
-#else
-    if (on) ((u16*)o.out)[to] = to_bf16(upper), ((u16*)o.out)[to + 8] = to_bf16(lower);
-#endif
-#endif
 }
-#endif
