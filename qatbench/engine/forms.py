@@ -23,7 +23,7 @@ class Forms:
 
     def __init__(self) -> None:
         name = torch.cuda.get_device_name().lower().replace(" ", "-")
-        file = f"forms-{name}-{cuda.digest('linear.cu', 'layers.cu')}.json"
+        file = f"forms-{name}-{cuda.digest('linear.cu')}.json"
         self.file = store.cache_folder() / "kernels" / file
         self.table: dict[str, Any] = store.read_json(self.file) if self.file.exists() else {}
 
@@ -78,13 +78,8 @@ def graph_seconds(run: Callable[[], None], repeats: int) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return replay_seconds(graph, repeats + 1)
-
-
-def replay_seconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
-    """Seconds of the fastest of some replays."""
     best = float("inf")
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         graph.replay()

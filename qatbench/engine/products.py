@@ -22,7 +22,7 @@ from qatbench.errors import PrerequisiteError
 STORE, RESIDUAL, SWIGLU, LOGITS = range(4)
 """Epilogues."""
 MOST_COLUMNS = 64
-_STATIC = 32 << 10  # bytes of shared memory for the sums of a block's warps
+_STATIC = 47 << 10  # bytes of shared memory for the sums of a block's warps
 
 
 class Weights(ctypes.Structure):
@@ -113,8 +113,8 @@ class Product:
         found = [LIBRARY] if columns > 1 or not isinstance(self.weight, Packed) else []
         if columns > MOST_COLUMNS:
             return found
-        for warps, tiles, depth in itertools.product((8, 12, 16), (1, 2), (2, 3, 4, 6, 8)):
-            for blocks in (1, 2, 3, 4):
+        for warps, tiles, depth in itertools.product((4, 8, 12, 16), (1, 2), (2, 3, 4, 6, 8)):
+            for blocks in (1, 2, 3, 4, 6):
                 form = Form(warps, tiles, depth, blocks)
                 if self._fits(form, columns):
                     found.append(form)
@@ -122,15 +122,16 @@ class Product:
 
     def _fits(self, form: Form, columns: int) -> bool:
         packed = isinstance(self.weight, Packed)
-        sums = form.tiles * _column_tiles(columns) * (12 if packed else 4)  # registers
+        sums = form.tiles * _column_tiles(columns) * (8 if packed else 4)  # registers
         threads = form.warps * 32 * form.blocks
-        shared = form.warps * form.tiles * _column_tiles(columns) * 32 * 16
+        shared = 2 * form.warps * form.tiles * _column_tiles(columns) * 32 * 16
+        shared = shared if columns > 1 else shared // 8
         most = shared_bytes() // form.blocks - 1024
         return (
             self.rows % (TILE * form.tiles) == 0
             and shared <= _STATIC
-            and shared + form.warps * form.depth * self.slot_bytes(form.tiles) <= most
-            and 256 <= threads <= 1024
+            and shared + self.shared(form) <= most
+            and 256 <= threads <= 1280
             and sums + 40 <= 65536 // threads
         )
 
@@ -149,8 +150,13 @@ class Product:
 
     def build(self, form: Form, columns: int) -> cuda.Kernel:
         """A form, ready to be launched."""
-        shared = form.warps * form.depth * self.slot_bytes(form.tiles)
+        shared = self.shared(form)
         return cuda.kernel("linear.cu", "linear", shared=shared, **self.built(form, columns))
+
+    def shared(self, form: Form) -> int:
+        """Bytes of dynamic shared memory: spans on their way, sums of x by groups."""
+        groups = self.width // self.weight.group * 32 if isinstance(self.weight, Packed) else 0
+        return form.warps * form.depth * self.slot_bytes(form.tiles) + groups
 
     def built(self, form: Form, columns: int) -> dict[str, int]:
         """What `linear.cu` is compiled with."""

@@ -112,7 +112,7 @@ __device__ __forceinline__ void finish(
     const Output& o, int epilogue, int tile, int g, int n, float upper, float lower, int rows,
     bool on) {
     if (o.squares) {
-        const float r = rsqrtf((float)(o.squares[n] / o.width) + o.eps);
+        const float r = rsqrtf((float)o.squares[n] / o.width + o.eps);
         upper *= r, lower *= r;
     }
     if (epilogue == SWIGLU) {

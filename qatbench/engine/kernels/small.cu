@@ -2,10 +2,10 @@
 #include "common.cuh"
 
 // x[row] = table[token[row]]; scaled = x * weight, and the squares of x, for the first norm; the
-// sums of squares of all other norms and the barrier become zero. grid (rows), 256 threads
+// sums of squares of all other norms become zero. grid (rows), 256 threads
 extern "C" __global__ void __launch_bounds__(256) embed(
     const long long* token, const uint4* table, const uint4* weight, uint4* x, uint4* scaled,
-    double* squares, u32* barrier, int vectors, int norms) {
+    double* squares, int vectors, int norms) {
     __shared__ float parts[8];
     wait_for_prior();
     start_dependents();
@@ -27,7 +27,6 @@ extern "C" __global__ void __launch_bounds__(256) embed(
     square = 0.f;
     for (int i = 0; i < 8; ++i) square += parts[i];
     squares[row] = square;
-    if (row == 0) *barrier = 0;
 }
 
 // What follows a dense product y [columns][rows] that a library made; grid (tiles / 32, columns),
