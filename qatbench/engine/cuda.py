@@ -27,6 +27,7 @@ from qatbench.errors import PrerequisiteError
 
 SOURCES = Path(__file__).parent / "kernels"
 LEAST = (8, 0)  # compute capability: bf16 products
+_MUCH = 16 << 10  # bytes of shared memory beside which the first cache may be small
 OVERLAPS = (9, 0)  # from here on a kernel may start before its predecessor has ended
 
 
@@ -90,11 +91,17 @@ def _kernel(
         )
     module = _module(source, defines, capability, device)
     function = _done(driver.cuModuleGetFunction(module, name.encode()))
-    # One division of the first cache for all: to change it a multiprocessor has to run empty.
     attributes = driver.CUfunction_attribute
-    settings = {attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT: 100}
-    if shared:
-        settings[attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = shared
+    settings = {}
+    if shared > _MUCH:
+        settings[attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT] = 100
+    if shared:  # as much as there is: one function serves several sizes
+        limits = driver.CUdevice_attribute
+        most = limits.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        own = attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+        room = _done(driver.cuDeviceGetAttribute(most, device))
+        room -= _done(driver.cuFuncGetAttribute(own, function))
+        settings[attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = room
     for attribute, value in settings.items():
         _done(driver.cuFuncSetAttribute(function, attribute, value))
     return Kernel(function, name, capability >= OVERLAPS, shared)
@@ -132,6 +139,7 @@ def binary(source: str, defines: Mapping[str, int], capability: tuple[int, int])
     version = ".".join(map(str, _done(nvrtc.nvrtcVersion())))
     options = [f"-D{key}={value}" for key, value in sorted(defines.items())]
     options += [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "-std=c++17"]
+    options += ["--diag-suppress=177"]  # names that some defines leave unused
     digest = hashlib.sha256(
         b"\0".join([code, *_headers().values(), version.encode(), *map(str.encode, options)])
     )

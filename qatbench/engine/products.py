@@ -26,7 +26,7 @@ _STATIC = 47 << 10  # bytes of shared memory for the sums of a block's warps
 
 
 class Weights(ctypes.Structure):
-    """`Weights` of `product.cuh`."""
+    """`Weights` of `linear.cu`."""
 
     _fields_ = (
         ("words", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p),
@@ -50,6 +50,7 @@ class Form:
     tiles: int  # that a block works on at once
     depth: int  # spans in flight a warp
     blocks: int  # that share a multiprocessor
+    direct: bool = False  # into registers, not through shared memory
 
 
 LIBRARY = Form(0, 0, 0, 0)
@@ -113,16 +114,15 @@ class Product:
         found = [LIBRARY] if columns > 1 or not isinstance(self.weight, Packed) else []
         if columns > MOST_COLUMNS:
             return found
-        for warps, tiles, depth in itertools.product((4, 8, 12, 16), (1, 2), (2, 3, 4, 6, 8)):
-            for blocks in (1, 2, 3, 4, 6):
-                form = Form(warps, tiles, depth, blocks)
-                if self._fits(form, columns):
-                    found.append(form)
-        return found
+        sizes = itertools.product(((8, 2), (8, 3), (16, 1), (16, 2)), (1, 2), (2, 4), (False, True))
+        forms = [Form(warps, tiles, depth, blocks, direct)
+                 for (warps, blocks), tiles, depth, direct in sizes]  # fmt: skip
+        return [*found, *(form for form in forms if self._fits(form, columns))]
 
     def _fits(self, form: Form, columns: int) -> bool:
         packed = isinstance(self.weight, Packed)
         sums = form.tiles * _column_tiles(columns) * (8 if packed else 4)  # registers
+        ring = form.depth * self.slot_bytes(form.tiles) // 128 if form.direct else 0
         threads = form.warps * 32 * form.blocks
         shared = 2 * form.warps * form.tiles * _column_tiles(columns) * 32 * 16
         shared = shared if columns > 1 else shared // 8
@@ -131,8 +131,7 @@ class Product:
             self.rows % (TILE * form.tiles) == 0
             and shared <= _STATIC
             and shared + self.shared(form) <= most
-            and 256 <= threads <= 1280
-            and sums + 40 <= 65536 // threads
+            and sums + ring + (28 if form.direct else 40) <= 65536 // threads
         )
 
     @property
@@ -141,7 +140,7 @@ class Product:
         return max(self.weight.group, CHUNK) if isinstance(self.weight, Packed) else CHUNK
 
     def slot_bytes(self, tiles: int) -> int:
-        """Bytes of a span on its way, `Slot` of `product.cuh`."""
+        """Bytes of a span on its way, `Slot` of `linear.cu`."""
         w = self.weight
         if not isinstance(w, Packed):
             return tiles * 4 * 512
@@ -156,17 +155,18 @@ class Product:
     def shared(self, form: Form) -> int:
         """Bytes of dynamic shared memory: spans on their way, sums of x by groups."""
         groups = self.width // self.weight.group * 32 if isinstance(self.weight, Packed) else 0
-        return form.warps * form.depth * self.slot_bytes(form.tiles) + groups
+        spans = 0 if form.direct else form.warps * form.depth
+        return spans * self.slot_bytes(form.tiles) + groups
 
     def built(self, form: Form, columns: int) -> dict[str, int]:
         """What `linear.cu` is compiled with."""
         return self.defines(columns) | {
             "MT": form.tiles, "WARPS": form.warps, "DEPTH": form.depth, "BLOCKS": form.blocks,
-            "EPILOGUE": self.epilogue,
+            "EPILOGUE": self.epilogue, "DIRECT": int(form.direct),
         }  # fmt: skip
 
     def defines(self, columns: int) -> dict[str, int]:
-        """What `product.cuh` has to know of the weight and the batch."""
+        """What `linear.cu` has to know of the weight and the batch."""
         w = self.weight
         group, zeros = (w.group, w.zeros) if isinstance(w, Packed) else (0, None)
         return {

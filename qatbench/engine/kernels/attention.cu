@@ -110,6 +110,7 @@ struct Share {  // shared memory
 
 struct Keys {
     uint4 a[UNROLL], b[UNROLL];
+    float2 turn[8];  // cos, sin of the new token's position, for a lane's inputs
     int at, to;
 };
 
@@ -135,6 +136,9 @@ __device__ __forceinline__ void ask(Keys& keys, const Attention& t, const Item& 
     keys.to = min(end, from + share);
     keys.at = from + threadIdx.x / LANES;
     load(keys, t, base_of(t, item));
+    const float2* rope = t.rope + (size_t)t.turned[item.row] * (D / 2);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) keys.turn[i] = rope[(threadIdx.x % LANES * 8 + i) % (D / 2)];
 }
 
 // The block's share, into shared memory; ends with a barrier.
@@ -142,10 +146,6 @@ __device__ __forceinline__ void attend(
     Share& shared, Keys& keys, const Attention& t, const Item& item) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const int sub = lane / LANES, part = lane % LANES;
-    float2 turn[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-        turn[i] = t.rope[(size_t)t.turned[item.row] * (D / 2) + (part * 8 + i) % (D / 2)];
     float norm[8] = {};
 #if HEADNORM
     unpack(norm, ((const uint4*)t.q_norm)[part]);
@@ -157,7 +157,7 @@ __device__ __forceinline__ void attend(
     for (int g = 0; g < HEADS; ++g) {
         const int head = item.head * t.group + item.part * HEADS + g;
         unpack(q[g], fresh[head * LANES + part]);
-        prepare(q[g], norm, t.eps, turn, part);
+        prepare(q[g], norm, t.eps, keys.turn, part);
         s.top[g] = -1e30f;
 #pragma unroll
         for (int i = 0; i < 8; ++i) q[g][i] *= t.scale;
@@ -168,7 +168,7 @@ __device__ __forceinline__ void attend(
 #if HEADNORM
         unpack(norm, ((const uint4*)t.k_norm)[part]);
 #endif
-        prepare(x, norm, t.eps, turn, part);
+        prepare(x, norm, t.eps, keys.turn, part);
         const uint4 key = make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]),
                                      bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
         const uint4 value[1] = {fresh[((t.group + 1) * t.heads + item.head) * LANES + part]};

@@ -56,6 +56,14 @@ __device__ __forceinline__ void mma(
 }
 
 
+// Read once: past the first cache.
+__device__ __forceinline__ uint4 stream(const uint4* from) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+
 // 16 bytes into shared memory, past the first cache, without waiting for them.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
     const u32 at = (u32)__cvta_generic_to_shared(to);

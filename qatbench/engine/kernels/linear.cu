@@ -1,8 +1,8 @@
 // y = W x for a few columns x, at the speed of memory: W is read once, in order. Blocks stay and walk
 // over tiles of 16 rows; a warp takes SPANs of inputs of a tile, multiplies them on the tensor cores
 // (mma.m16n8k16, W as the left operand, up to 8 * NT columns of x as the right one), and the warps
-// of a block add up. DEPTH spans a warp are always on their way through shared memory, the first of
-// them before the kernel before this one has ended.
+// of a block add up. DEPTH spans a warp are always on their way, into registers or through shared
+// memory, the first of them before the kernel before this one has ended.
 //
 // Which input stands where inside a product does not matter as long as W and x agree: lane (g, t)
 // takes inputs 8t..8t+7 of every 32, so that it reads 16 bytes at a time.
@@ -16,8 +16,8 @@
 // which is what comes in here, and adds up the squares of x; 1 / rms is applied to y.
 //
 // Defined at compilation: BITS 4 | 16; GROUP inputs a scale (BITS 4); ZEROS 0 | 1; NT, MT (tiles a
-// block works on at once), WARPS, DEPTH, BLOCKS (that share a multiprocessor); SINGLE (one column);
-// EPILOGUE.
+// block works on at once), WARPS, DEPTH, DIRECT 0 | 1, BLOCKS (that share a multiprocessor); SINGLE
+// (one column); EPILOGUE.
 #include "common.cuh"
 
 #define PAIRED (EPILOGUE == SWIGLU)  // a tile has 8 rows of gate and 8 of up
@@ -34,12 +34,23 @@
 #define RAISED 0
 #endif
 
-// One span of a block's tiles on its way. A lane reads the words that it asked for itself; scales
-// are shared by the warp.
+// One span of a block's tiles on its way: in a lane's registers (DIRECT), or in shared memory, where
+// a lane reads the words that it asked for itself; scales are shared by the warp then.
 struct Slot {
+#if DIRECT
+#define WORDS(slot, m, i) (slot).w[m][i]
+#define SCALE(slot, kind, m, group) (slot).scale[kind][m][group]
+    uint4 w[MT][LOADS];
+#if BITS == 4
+    u32 scale[1 + ZEROS][MT][GROUPS];  // fp16 of rows g and g + 8; bf16 of 128 + zero
+#endif
+#else
+#define WORDS(slot, m, i) (slot).w[m][i][lane]
+#define SCALE(slot, kind, m, group) (slot).scale[kind][m][group][g]
     uint4 w[MT][LOADS][32];
 #if BITS == 4
-    u32 scale[1 + ZEROS][MT][GROUPS][8];  // fp16 of rows g and g + 8; bf16 of 128 + zero
+    u32 scale[1 + ZEROS][MT][GROUPS][8];
+#endif
 #endif
 };
 
@@ -50,24 +61,39 @@ struct Weights {
     int rows, K;
 };
 
-// What a lane asks for next.
+__device__ __forceinline__ void copy(uint4* to, const uint4* from) {
+#if DIRECT
+    *to = stream(from);
+#else
+    copy_async(to, from);
+#endif
+}
+
+// What a lane asks for next. A block's tiles are `slots` spans for each warp, some of which may be
+// beyond the last (DIRECT: a multiple of DEPTH, so that each slot has its registers).
 struct Feed {
     const uint4* words;  // of its block's tiles, from input 0 on
 #if BITS == 4
     const u32* scales;
+    const u32* zeros;  // DIRECT
 #else
     size_t lower;  // from a lane's upper row to its lower one, in vectors of 8
 #endif
-    int block, span, slot;
+    int block, index, slots, spans, blocks;
 
     __device__ __forceinline__ void enter(const Weights& W) {
         const int lane = threadIdx.x & 31;
         const size_t tile = (size_t)block * MT;
 #if BITS == 4
         words = W.words + tile * (W.K / 64) * 32 + lane;
+#if DIRECT
+        const size_t at = tile * (W.K / GROUP) * 8 + (lane >> 2);
+        scales = W.scales + at, zeros = W.zeros + at;
+#else
         const int half = lane % 2, group = lane / 2 % GROUPS, m = lane / (2 * GROUPS) % MT;
         const u32* from = ZEROS && lane >= PIECES / 2 ? W.zeros : W.scales;
         scales = from + ((tile + m) * (W.K / GROUP) + group) * 8 + half * 4;
+#endif
 #else
         const size_t step = W.K / 8, row = tile * (PAIRED ? 8 : 16) + (lane >> 2);
         words = W.words + row * step + (lane & 3);
@@ -75,34 +101,39 @@ struct Feed {
 #endif
     }
 
-    __device__ __forceinline__ void ask(Slot* ring, const Weights& W, int spans, int blocks) {
-        const int lane = threadIdx.x & 31;
-        if (block < blocks) {
-            Slot& to = ring[slot];
+    __device__ __forceinline__ void ask(Slot& to, const Weights& W) {
+        const int lane = threadIdx.x & 31, span = (threadIdx.x >> 5) + index * WARPS;
+        if (block < blocks && span < spans) {
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
 #if BITS == 4
                 const uint4* from = words + m * (W.K / 64) * 32 + span * (LOADS * 32);
 #pragma unroll
-                for (int i = 0; i < LOADS; ++i) copy_async(&to.w[m][i][lane], from + i * 32);
+                for (int i = 0; i < LOADS; ++i) copy(&WORDS(to, m, i), from + i * 32);
+#if DIRECT
+                const int at = (m * (W.K / GROUP) + span * GROUPS) * 8;
+#pragma unroll
+                for (int i = 0; i < GROUPS; ++i) {
+                    to.scale[0][m][i] = scales[at + i * 8];
+                    if (ZEROS) to.scale[ZEROS][m][i] = zeros[at + i * 8];
+                }
+#endif
 #else
                 const uint4* from = words + (size_t)m * (PAIRED ? W.K : 2 * W.K) + span * 8;
-                copy_async(&to.w[m][0][lane], from), copy_async(&to.w[m][1][lane], from + lower);
-                copy_async(&to.w[m][2][lane], from + 4);
-                copy_async(&to.w[m][3][lane], from + lower + 4);
+                copy(&WORDS(to, m, 0), from), copy(&WORDS(to, m, 1), from + lower);
+                copy(&WORDS(to, m, 2), from + 4), copy(&WORDS(to, m, 3), from + lower + 4);
 #endif
             }
-#if BITS == 4
+#if BITS == 4 && !DIRECT
             if (lane < PIECES)
                 copy_async(&to.scale[0][0][0][0] + lane * 4, scales + span * (GROUPS * 8));
 #endif
-            if ((span += WARPS) >= spans) {
-                span = threadIdx.x >> 5, block += gridDim.x;
-                enter(W);
-            }
         }
-        end_of_copies();
-        slot = slot + 1 == DEPTH ? 0 : slot + 1;
+        if (!DIRECT) end_of_copies();
+        if (++index == slots) {
+            index = 0, block += gridDim.x;
+            if (block < blocks) enter(W);
+        }
     }
 };
 
@@ -158,10 +189,10 @@ __device__ __forceinline__ void multiply(
             for (int n = 0; n < NT; ++n) b[n] = x.at[n][span * (SPAN / 8) + i * 4];
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
-                const uint4 four = slot.w[m][i / 2][lane];
+                const uint4 four = WORDS(slot, m, i / 2);
                 const u32 words[2] = {i % 2 ? four.z : four.x, i % 2 ? four.w : four.y};
 #if !RAISED
-                const u32 pair = ZEROS ? slot.scale[ZEROS][m][group][g] : 0x43084308u;
+                const u32 pair = ZEROS ? SCALE(slot, ZEROS, m, group) : 0x43084308u;
                 const u32 upper = __byte_perm(pair, 0, 0x1010) | 0x80008000u;  // -(128 + zero)
                 const u32 lower = __byte_perm(pair, 0, 0x3232) | 0x80008000u;
 #endif
@@ -186,10 +217,10 @@ __device__ __forceinline__ void multiply(
 #endif
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            const u32 pair = slot.scale[0][m][group][g];
+            const u32 pair = SCALE(slot, 0, m, group);
             const float scale[2] = {half_low(pair), half_high(pair)};
 #if RAISED
-            const u32 zeros = ZEROS ? slot.scale[ZEROS][m][group][g] : 0x43084308u;
+            const u32 zeros = ZEROS ? SCALE(slot, ZEROS, m, group) : 0x43084308u;
             const float less[2] = {low(zeros), high(zeros)};
 #endif
 #pragma unroll
@@ -213,7 +244,7 @@ __device__ __forceinline__ void multiply(
         for (int n = 0; n < NT; ++n) b[n] = x.at[n][span * (SPAN / 8) + i * 4];
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            const uint4 u = slot.w[m][2 * i][lane], v = slot.w[m][2 * i + 1][lane];
+            const uint4 u = WORDS(slot, m, 2 * i), v = WORDS(slot, m, 2 * i + 1);
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
                 mma(acc[m][n], u.x, v.x, u.y, v.y, b[n].x, b[n].y);
@@ -274,14 +305,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) linear(
     __shared__ Sums sums[2];
     const int warp = threadIdx.x >> 5;
     const int spans = W.K / SPAN, blocks = W.rows / (16 * MT);
+    Feed feed;
+    feed.block = blockIdx.x, feed.index = 0, feed.spans = spans, feed.blocks = blocks;
+#if DIRECT
+    float2* groups = (float2*)dynamic;
+    Slot ring[DEPTH];
+    feed.slots = (spans + WARPS * DEPTH - 1) / (WARPS * DEPTH) * DEPTH;
+#else
     Slot* ring = (Slot*)dynamic + warp * DEPTH;
     float2* groups = (float2*)((Slot*)dynamic + WARPS * DEPTH);
-
-    Feed feed;
-    feed.block = warp < spans ? blockIdx.x : blocks, feed.span = warp, feed.slot = 0;
+    feed.slots = max(1, (spans - warp + WARPS - 1) / WARPS);
+    int slot = 0;
+#endif
     feed.enter(W);
-#pragma unroll 1
-    for (int d = 0; d < DEPTH; ++d) feed.ask(ring, W, spans, blocks);
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d) feed.ask(ring[d], W);
     wait_for_prior();
     start_dependents();
     const Columns columns_of(x, W.K, columns);
@@ -290,13 +328,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) linear(
 #endif
     for (int block = blockIdx.x, turn = 0; block < blocks; block += gridDim.x, turn ^= 1) {
         float acc[MT][NT][4] = {};
-        for (int span = warp; span < spans; span += WARPS) {
+#if DIRECT
+        for (int first = warp; first < warp + feed.slots * WARPS; first += DEPTH * WARPS) {
+#pragma unroll
+            for (int d = 0; d < DEPTH; ++d) {
+                const int span = first + d * WARPS;
+                if (span < spans) multiply(acc, ring[d], columns_of, groups, span);
+                feed.ask(ring[d], W);
+            }
+        }
+#else
+        for (int i = 0, span = warp; i < feed.slots; ++i, span += WARPS) {
             wait_for_copies<DEPTH - 1>();
             __syncwarp();
-            multiply(acc, ring[feed.slot], columns_of, groups, span);
+            if (span < spans) multiply(acc, ring[slot], columns_of, groups, span);
             __syncwarp();
-            feed.ask(ring, W, spans, blocks);
+            feed.ask(ring[slot], W);
+            slot = slot + 1 == DEPTH ? 0 : slot + 1;
         }
+#endif
         conclude(sums[turn], acc, output, block, W.rows, columns);
     }
 }
