@@ -4,7 +4,7 @@ Three ways of running one model, side by side in one run and in turns: plain tra
 (eager, DynamicCache), this project's engine in bf16, and the engine with INT4 weights (group 128,
 symmetric). Ratios are of medians of seconds. Prompts are 656 tokens, of which 576 are a picture.
 
-decode   seconds a token at each batch, by the wall clock, over 32 tokens a repeat
+decode   seconds a token at each batch, by the wall clock, over 64 tokens a repeat
 prefill  seconds from prompts to the first token, batch 8, pictures included
 memory   of weights, with the language model's share and what the vision part takes
 linears  every product of a step by itself, the engine's kernel and torch's: what is picked and why
@@ -34,9 +34,8 @@ import train_step  # noqa: E402
 from kept import show  # noqa: E402
 
 from qatbench.engine.fast import FastRunner  # noqa: E402
-from qatbench.engine.forms import measured  # noqa: E402
 from qatbench.engine.plain import PlainRunner  # noqa: E402
-from qatbench.engine.products import LIBRARY, Product  # noqa: E402
+from qatbench.engine.products import LIBRARY, Product, measured  # noqa: E402
 from qatbench.engine.runner import Runner  # noqa: E402
 from qatbench.quant.grid import Grid, quantize, round_scales  # noqa: E402
 from qatbench.quant.packing import Affine  # noqa: E402
@@ -45,7 +44,7 @@ from qatbench.vlm.batch import Encoded, backbone  # noqa: E402
 from qatbench.vlm.load import Loaded, ModelFolder  # noqa: E402
 
 GRID = Grid(4, 128)
-PROMPT, TOLD, PREFILL_ROWS = 656, 32, 8
+PROMPT, TOLD, PREFILL_ROWS = 656, 64, 8
 
 
 def model(kind: str, tiny: bool) -> Loaded:

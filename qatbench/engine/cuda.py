@@ -13,8 +13,7 @@ import hashlib
 import importlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from qatbench import store
 from qatbench.errors import PrerequisiteError
 
 SOURCES = Path(__file__).parent / "kernels"
+COMMON = "common.cuh"
 LEAST = (8, 0)  # compute capability: bf16 products
-_MUCH = 16 << 10  # bytes of shared memory beside which the first cache may be small
 OVERLAPS = (9, 0)  # from here on a kernel may start before its predecessor has ended
 
 
@@ -38,7 +37,6 @@ class Kernel:
     handle: Any
     name: str
     overlaps: bool
-    shared: int  # bytes of dynamic shared memory
 
     def __call__(self, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         """Launch on the current stream.
@@ -54,7 +52,6 @@ class Kernel:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = self.shared
         config.hStream = torch.cuda.current_stream().cuda_stream
         if self.overlaps:
             config.attrs = [_overlapping()]
@@ -62,26 +59,22 @@ class Kernel:
         _done(driver.cuLaunchKernelEx(config, self.handle, ctypes.addressof(pointers), 0))
 
 
-def kernel(source: str, name: str, *, shared: int = 0, **defines: int) -> Kernel:
+def kernel(source: str, name: str, **defines: int) -> Kernel:
     """A function of a file under `kernels/`, for the current device, compiled if it has to be.
 
     Args:
         source: file name.
         name: of the `extern "C"` function.
-        shared: bytes of dynamic shared memory that it takes.
         defines: of the preprocessor.
 
     Raises: PrerequisiteError where the device is too old or a part of CUDA is missing.
     """
     known = tuple(sorted(defines.items()))
-    return _kernel(source, name, shared, known, torch.cuda.current_device())
+    return _kernel(source, name, known, torch.cuda.current_device())
 
 
 @functools.cache
-def _kernel(
-    source: str, name: str, shared: int, defines: tuple[tuple[str, int], ...], device: int
-) -> Kernel:
-    driver = _binding("driver")
+def _kernel(source: str, name: str, defines: tuple[tuple[str, int], ...], device: int) -> Kernel:
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST:
         raise PrerequisiteError(
@@ -90,21 +83,8 @@ def _kernel(
             hint="--engine transformers",
         )
     module = _module(source, defines, capability, device)
-    function = _done(driver.cuModuleGetFunction(module, name.encode()))
-    attributes = driver.CUfunction_attribute
-    settings = {}
-    if shared > _MUCH:
-        settings[attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT] = 100
-    if shared:  # as much as there is: one function serves several sizes
-        limits = driver.CUdevice_attribute
-        most = limits.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-        own = attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
-        room = _done(driver.cuDeviceGetAttribute(most, device))
-        room -= _done(driver.cuFuncGetAttribute(own, function))
-        settings[attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = room
-    for attribute, value in settings.items():
-        _done(driver.cuFuncSetAttribute(function, attribute, value))
-    return Kernel(function, name, capability >= OVERLAPS, shared)
+    function = _done(_binding("driver").cuModuleGetFunction(module, name.encode()))
+    return Kernel(function, name, capability >= OVERLAPS)
 
 
 @functools.cache
@@ -116,17 +96,10 @@ def _module(
     return _done(_binding("driver").cuModuleLoadData(image))
 
 
-def digest(*sources: str) -> str:
-    """Of sources with what they include: eight hexadecimal digits."""
-    code = [(SOURCES / source).read_bytes() for source in sources]
-    return hashlib.sha256(b"".join([*code, *_headers().values()])).hexdigest()[:8]
-
-
-def compile_all(wanted: Sequence[tuple[str, Mapping[str, int]]]) -> None:
-    """Compile sources for the current device into the cache, several at once."""
-    capability = torch.cuda.get_device_capability()
-    with ThreadPoolExecutor() as pool:  # the compiler lets other threads run
-        list(pool.map(lambda one: binary(one[0], one[1], capability), wanted))
+def digest(source: str) -> str:
+    """Of a source with what it includes: eight hexadecimal digits."""
+    code = (SOURCES / source).read_bytes() + (SOURCES / COMMON).read_bytes()
+    return hashlib.sha256(code).hexdigest()[:8]
 
 
 def binary(source: str, defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
@@ -135,18 +108,16 @@ def binary(source: str, defines: Mapping[str, int], capability: tuple[int, int])
     Raises: PrerequisiteError if NVRTC is missing or refuses the source.
     """
     code = (SOURCES / source).read_bytes()
+    common = (SOURCES / COMMON).read_bytes()
     nvrtc = _binding("nvrtc")
     version = ".".join(map(str, _done(nvrtc.nvrtcVersion())))
     options = [f"-D{key}={value}" for key, value in sorted(defines.items())]
     options += [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "-std=c++17"]
-    options += ["--diag-suppress=177"]  # names that some defines leave unused
-    digest = hashlib.sha256(
-        b"\0".join([code, *_headers().values(), version.encode(), *map(str.encode, options)])
-    )
+    digest = hashlib.sha256(b"\0".join([code, common, version.encode(), *map(str.encode, options)]))
     file = store.cache_folder() / "kernels" / f"{Path(source).stem}-{digest.hexdigest()[:20]}.cubin"
     if file.exists():
         return file.read_bytes()
-    image = _compiled(nvrtc, source, code, options)
+    image = _compiled(nvrtc, source, code, common, options)
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=file.parent)
     with os.fdopen(handle, "wb") as stream:
@@ -155,17 +126,8 @@ def binary(source: str, defines: Mapping[str, int], capability: tuple[int, int])
     return image
 
 
-@functools.cache
-def _headers() -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(SOURCES.glob("*.cuh"))}
-
-
-def _compiled(nvrtc: Any, source: str, code: bytes, options: list[str]) -> bytes:
-    headers = _headers()
-    names = [name.encode() for name in headers]
-    program = _done(
-        nvrtc.nvrtcCreateProgram(code, source.encode(), len(names), [*headers.values()], names)
-    )
+def _compiled(nvrtc: Any, source: str, code: bytes, common: bytes, options: list[str]) -> bytes:
+    program = _done(nvrtc.nvrtcCreateProgram(code, source.encode(), 1, [common], [COMMON.encode()]))
     told = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])[0]
     if int(told):
         log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from qatbench.engine.decoder import Cache, Decoder, torch_step
-from qatbench.engine.fused import Fused
+from qatbench.engine.fused import Fused, Step
 from qatbench.engine.plain import held_bytes
 from qatbench.engine.runner import Started
-from qatbench.engine.step import Step
 from qatbench.errors import UsageError
 from qatbench.quant.packing import Affine
 from qatbench.vlm import load as models

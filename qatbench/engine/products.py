@@ -1,7 +1,9 @@
-"""Products of a decoding step on CUDA.
+"""Products of a decoding step on CUDA, each in the form that was measured to be fastest.
 
 `kernels/linear.cu` can be built with more or fewer warps, tiles and reads in flight; torch's dense
-product (for INT4 after dequantizing) is one more form. Which is fastest is measured: `forms`.
+product (for INT4 after dequantizing) is one more form. Which is best depends on the shape, the
+number of columns and the card, so it is measured on the model's own weights at first use and kept
+in the cache folder by device name.
 """
 
 from __future__ import annotations
@@ -9,12 +11,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qatbench import store
 from qatbench.engine import cuda
 from qatbench.engine.weights import CHUNK, TILE, Packed
 from qatbench.errors import PrerequisiteError
@@ -22,12 +28,10 @@ from qatbench.errors import PrerequisiteError
 STORE, RESIDUAL, SWIGLU, LOGITS = range(4)
 """Epilogues."""
 MOST_COLUMNS = 64
-_STATIC = 47 << 10  # bytes of shared memory for the sums of a block's warps
+_SHARED = 47 << 10  # bytes a block may use without asking
 
 
-class Weights(ctypes.Structure):
-    """`Weights` of `linear.cu`."""
-
+class _Weights(ctypes.Structure):
     _fields_ = (
         ("words", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p),
         ("rows", ctypes.c_int), ("width", ctypes.c_int),
@@ -50,7 +54,6 @@ class Form:
     tiles: int  # that a block works on at once
     depth: int  # spans in flight a warp
     blocks: int  # that share a multiprocessor
-    direct: bool = False  # into registers, not through shared memory
 
 
 LIBRARY = Form(0, 0, 0, 0)
@@ -114,64 +117,43 @@ class Product:
         found = [LIBRARY] if columns > 1 or not isinstance(self.weight, Packed) else []
         if columns > MOST_COLUMNS:
             return found
-        sizes = itertools.product(((8, 2), (8, 3), (16, 1), (16, 2)), (1, 2), (2, 4), (False, True))
-        forms = [Form(warps, tiles, depth, blocks, direct)
-                 for (warps, blocks), tiles, depth, direct in sizes]  # fmt: skip
-        return [*found, *(form for form in forms if self._fits(form, columns))]
+        for warps, tiles, depth in itertools.product((8, 12, 16), (1, 2), (2, 3, 4)):
+            for blocks in (1, 2, 3, 4):
+                form = Form(warps, tiles, depth, blocks)
+                if self._fits(form, columns):
+                    found.append(form)
+        return found
 
     def _fits(self, form: Form, columns: int) -> bool:
         packed = isinstance(self.weight, Packed)
-        sums = form.tiles * _column_tiles(columns) * (8 if packed else 4)  # registers
-        ring = form.depth * self.slot_bytes(form.tiles) // 128 if form.direct else 0
+        span = max(self.weight.group, CHUNK) if isinstance(self.weight, Packed) else 4 * CHUNK
+        ring = form.depth * form.tiles * (span // CHUNK) * 4  # registers
+        sums = form.tiles * _column_tiles(columns) * (8 if packed else 4)
         threads = form.warps * 32 * form.blocks
-        shared = 2 * form.warps * form.tiles * _column_tiles(columns) * 32 * 16
-        shared = shared if columns > 1 else shared // 8
-        most = shared_bytes() // form.blocks - 1024
+        shared = form.warps * form.tiles * _column_tiles(columns) * 32 * 16
         return (
             self.rows % (TILE * form.tiles) == 0
-            and shared <= _STATIC
-            and shared + self.shared(form) <= most
-            and sums + ring + (28 if form.direct else 40) <= 65536 // threads
+            and shared <= _SHARED
+            and 384 <= threads <= 1024
+            and ring + sums + 24 <= 65536 // threads
         )
-
-    @property
-    def span(self) -> int:
-        """Inputs that a warp takes at a time."""
-        return max(self.weight.group, CHUNK) if isinstance(self.weight, Packed) else CHUNK
-
-    def slot_bytes(self, tiles: int) -> int:
-        """Bytes of a span on its way, `Slot` of `linear.cu`."""
-        w = self.weight
-        if not isinstance(w, Packed):
-            return tiles * 4 * 512
-        scales = (1 if w.zeros is None else 2) * self.span // w.group * 32
-        return tiles * (self.span // CHUNK * 512 + scales)
 
     def build(self, form: Form, columns: int) -> cuda.Kernel:
         """A form, ready to be launched."""
-        shared = self.shared(form)
-        return cuda.kernel("linear.cu", "linear", shared=shared, **self.built(form, columns))
+        return cuda.kernel("linear.cu", "linear", **self._defines(form, columns))
 
-    def shared(self, form: Form) -> int:
-        """Bytes of dynamic shared memory: spans on their way, sums of x by groups."""
-        groups = self.width // self.weight.group * 32 if isinstance(self.weight, Packed) else 0
-        spans = 0 if form.direct else form.warps * form.depth
-        return spans * self.slot_bytes(form.tiles) + groups
+    def compile(self, form: Form, columns: int) -> None:
+        """Compile a form into the cache."""
+        cuda.binary("linear.cu", self._defines(form, columns), torch.cuda.get_device_capability())
 
-    def built(self, form: Form, columns: int) -> dict[str, int]:
-        """What `linear.cu` is compiled with."""
-        return self.defines(columns) | {
-            "MT": form.tiles, "WARPS": form.warps, "DEPTH": form.depth, "BLOCKS": form.blocks,
-            "EPILOGUE": self.epilogue, "DIRECT": int(form.direct),
-        }  # fmt: skip
-
-    def defines(self, columns: int) -> dict[str, int]:
-        """What `linear.cu` has to know of the weight and the batch."""
+    def _defines(self, form: Form, columns: int) -> dict[str, int]:
         w = self.weight
         group, zeros = (w.group, w.zeros) if isinstance(w, Packed) else (0, None)
         return {
             "BITS": 4 if group else 16, "GROUP": group, "ZEROS": int(zeros is not None),
-            "NT": _column_tiles(columns), "SINGLE": int(columns == 1),
+            "NT": _column_tiles(columns), "MT": form.tiles, "WARPS": form.warps,
+            "DEPTH": form.depth, "BLOCKS": form.blocks, "SINGLE": int(columns == 1),
+            "EPILOGUE": self.epilogue,
         }  # fmt: skip
 
     def __call__(
@@ -189,8 +171,8 @@ class Product:
             after: RESIDUAL only.
         """
         output = _Output(
-            out.data_ptr(), address(squares), eps, self.width, address(self.bias),
-            *((address(t) for t in (after.weight, after.scaled, after.squares)) if after else ()),
+            out.data_ptr(), _address(squares), eps, self.width, _address(self.bias),
+            *((_address(t) for t in (after.weight, after.scaled, after.squares)) if after else ()),
         )  # fmt: skip
         if form == LIBRARY:
             self._by_library(x, output)
@@ -198,7 +180,7 @@ class Product:
         function = self.build(form, x.shape[0])
         blocks = min(form.blocks * multiprocessors(), self.rows // (TILE * form.tiles))
         columns = ctypes.c_int(x.shape[0])
-        function((blocks,), form.warps * 32, self.c_weights(), x, output, columns)
+        function((blocks,), form.warps * 32, self._c_weights(), x, output, columns)
 
     def _by_library(self, x: Tensor, output: _Output) -> None:
         w = self.weight
@@ -210,16 +192,14 @@ class Product:
         grid = (-(-self.rows // (32 * TILE)), x.shape[0])
         function(grid, 256, y, output, ctypes.c_int(self.rows))
 
-    def c_weights(self) -> Weights:
-        """For the kernels."""
+    def _c_weights(self) -> _Weights:
         w = self.weight
         if not isinstance(w, Packed):
-            return Weights(w.data_ptr(), None, None, *w.shape)
-        return Weights(address(w.words), address(w.scales), address(w.zeros), w.rows, w.width)
+            return _Weights(w.data_ptr(), None, None, *w.shape)
+        return _Weights(_address(w.words), _address(w.scales), _address(w.zeros), w.rows, w.width)
 
 
-def address(tensor: Tensor | None) -> int | None:
-    """Of its first number, None for none."""
+def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -242,13 +222,6 @@ def _shared_by(columns: int) -> str:
 
 
 @functools.cache
-def shared_bytes() -> int:
-    """Shared memory of a multiprocessor of the current device."""
-    device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return int(device.shared_memory_per_multiprocessor)
-
-
-@functools.cache
 def multiprocessors() -> int:
     """Of the current device."""
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
@@ -263,3 +236,81 @@ def dequantize(packed: Packed, out: Tensor) -> Tensor:
         ctypes.c_int(packed.rows), ctypes.c_int(packed.width), ctypes.c_int(packed.paired),
     )  # fmt: skip
     return out
+
+
+# --- the measured table ---------------------------------------------------------------------------
+
+
+class Forms:
+    """The fastest form of each kind of product on this device, measured when first asked for."""
+
+    def __init__(self) -> None:
+        name = torch.cuda.get_device_name().lower().replace(" ", "-")
+        file = f"forms-{name}-{cuda.digest('linear.cu')}.json"
+        self.file = store.cache_folder() / "kernels" / file
+        self.table: dict[str, Any] = store.read_json(self.file) if self.file.exists() else {}
+
+    def of(self, products: Sequence[Product], columns: int) -> Form:
+        """For products of one kind, of as many layers as there are.
+
+        What is measured is one after the other, so that no weight is read from a cache.
+        """
+        kind = products[0].kind(columns)
+        if kind not in self.table:
+            times = measured(products, columns)
+            best = min(times, key=lambda form: times[form])
+            known = store.read_json(self.file) if self.file.exists() else {}  # of other processes
+            self.table = known | self.table | {kind: asdict(best)}
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            store.write_json(self.file, self.table)
+        return Form(**self.table[kind])
+
+
+def measured(products: Sequence[Product], columns: int, repeats: int = 3) -> dict[Form, float]:
+    """Seconds a product of each form, as a graph of all products in turn."""
+    first = products[0]
+    device = torch.device("cuda", torch.cuda.current_device())
+    x = torch.randn(columns, first.width, device=device).bfloat16()
+    dtype = torch.float32 if first.epilogue == LOGITS else torch.bfloat16
+    out = torch.zeros(columns, first.outputs, device=device, dtype=dtype)
+    squares = torch.ones(columns, device=device, dtype=torch.float64)
+    after = None
+    if first.epilogue == RESIDUAL:
+        after = NextNorm(torch.ones_like(out[0]), torch.empty_like(out), torch.zeros_like(squares))
+    times: dict[Form, float] = {}
+    forms = first.forms(columns)
+    compile_all([(first, form) for form in forms], columns)
+    for form in forms:
+
+        def run(form: Form = form) -> None:
+            for product in products:
+                product(form, x, out, squares=squares, eps=1e-6, after=after)
+
+        times[form] = graph_seconds(run, repeats) / len(products)
+    return times
+
+
+def compile_all(wanted: Sequence[tuple[Product, Form]], columns: int) -> None:
+    """Compile several forms at once into the cache: the compiler lets other threads run."""
+    built = {str(sorted(p._defines(form, columns).items())): (p, form)
+             for p, form in wanted if form != LIBRARY}  # fmt: skip
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda one: one[0].compile(one[1], columns), built.values()))
+
+
+def graph_seconds(run: Any, repeats: int) -> float:
+    """Seconds of the fastest of some replays of what a function launches."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    best = float("inf")
+    for _ in range(repeats + 1):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        best = min(best, begin.elapsed_time(end) / 1e3)
+    return best

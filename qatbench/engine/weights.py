@@ -44,10 +44,8 @@ class Packed:
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
-def pack(linear: Affine, *, paired: bool = False, zeros: bool | None = None) -> Packed:
+def pack(linear: Affine, *, paired: bool = False) -> Packed:
     """Reorder a linear's fields; the values stay what they are.
-
-    `zeros` says whether zero points are kept (without, all are taken to be 8); None: if need be.
 
     Raises: ShapeError if out is no multiple of 16 (32 if paired), in none of 64, or the group size
         none of 32.
@@ -69,18 +67,14 @@ def pack(linear: Affine, *, paired: bool = False, zeros: bool | None = None) -> 
     for half, pair, within in _NIBBLES:
         nibble = split[:, half, :, :, :, :, :, pair, within].to(torch.int32)
         words |= nibble.permute(0, 2, 1, 4, 3, 5) << _shift(half, pair, within)
-    keep = not is_symmetric(linear) if zeros is None else zeros
-    kept = _by_twos(_tiled(linear.zeros.to(torch.bfloat16) + 128, paired)) if keep else None
+    zeros = None
+    if not bool((linear.zeros == SYMMETRIC).all()):
+        zeros = _by_twos(_tiled(linear.zeros.to(torch.bfloat16) + 128, paired))
     return Packed(
         words.view(tiles, width // CHUNK, 32, 4),
         _by_twos(_tiled(linear.scales.half(), paired)),
-        kept, out, width, group, paired,
+        zeros, out, width, group, paired,
     )  # fmt: skip
-
-
-def is_symmetric(linear: Affine) -> bool:
-    """Whether all zero points are 8."""
-    return bool((linear.zeros == SYMMETRIC).all())
 
 
 def unpack(packed: Packed) -> Affine:

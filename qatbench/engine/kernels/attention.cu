@@ -1,18 +1,19 @@
-// What one new token of every row finds in its cache: rotary embedding and cache write included.
+// One new token of every row looks at what its cache holds: rotary embedding and cache write included.
 //
-// A block takes a share of the keys of one key-value head and row, for HEADS query heads of those
-// that use it. The SPLITS blocks of a head are a cluster and add up their shares through shared
-// memory. Only the filled part of the cache is read, and its first keys are asked for before the
-// kernel before this one has ended: they are older than it.
+// A block takes a share of the keys of one key-value head and one row for all G query heads that use
+// it; the SPLITS blocks of a head are a cluster and add up their shares through shared memory. Only
+// the filled part of the cache is read, and its first keys are asked for before the kernel before
+// this one has ended: they are older than it.
 //
-// Defined at compilation: D (head size, a multiple of 64), HEADS, WARPS, UNROLL (keys in flight a
-// lane), SPLITS (1 before compute capability 9.0), HEADNORM 0 | 1 (queries and keys are
-// RMS-normalised by head: Qwen3).
+// Defined at compilation: D (head size, a multiple of 64), G, WARPS, UNROLL (keys in flight a lane),
+// SPLITS (1 before compute capability 9.0), HEADNORM 0 | 1 (queries and keys are RMS-normalised by
+// head: Qwen3).
 #include "common.cuh"
 
 #define LANES (D / 8)         // that hold one key, eight numbers each
 #define AT_ONCE (32 / LANES)  // keys of a warp
 #define STEP (WARPS * AT_ONCE)
+#define THREADS (WARPS * 32)
 
 __device__ __forceinline__ void unpack(float (&to)[8], uint4 v) {
     to[0] = low(v.x), to[1] = high(v.x), to[2] = low(v.y), to[3] = high(v.y);
@@ -42,15 +43,15 @@ __device__ __forceinline__ void prepare(
 }
 
 struct Sums {
-    float acc[HEADS][8], top[HEADS], total[HEADS];
+    float acc[G][8], top[G], total[G];
 };
 
 // Add some keys; score < -1e29 is no key.
 template <int N>
-__device__ __forceinline__ void add(Sums& s, const float (&score)[N][HEADS], const uint4 (&value)[N]) {
-    float weight[N][HEADS];
+__device__ __forceinline__ void add(Sums& s, const float (&score)[N][G], const uint4 (&value)[N]) {
+    float weight[N][G];
 #pragma unroll
-    for (int g = 0; g < HEADS; ++g) {
+    for (int g = 0; g < G; ++g) {
         float most = s.top[g];
 #pragma unroll
         for (int u = 0; u < N; ++u) most = fmaxf(most, score[u][g]);
@@ -69,7 +70,7 @@ __device__ __forceinline__ void add(Sums& s, const float (&score)[N][HEADS], con
         float x[8];
         unpack(x, value[u]);
 #pragma unroll
-        for (int g = 0; g < HEADS; ++g)
+        for (int g = 0; g < G; ++g)
 #pragma unroll
             for (int i = 0; i < 8; ++i) s.acc[g][i] += weight[u][g] * x[i];
     }
@@ -82,164 +83,6 @@ __device__ __forceinline__ float dot(const float (&q)[8], const float (&x)[8]) {
 #pragma unroll
     for (int i = LANES / 2; i; i /= 2) s += __shfl_xor_sync(~0u, s, i);
     return s;
-}
-
-
-struct Attention {
-    const u16* qkv;          // [rows][(H + 2 KV) * D]
-    u16 *keys, *values;      // [rows][KV][length][D]
-    const float2* rope;      // [position][D / 2]: cos, sin
-    const int* filled;       // [rows]: keys in the cache; the new one goes there
-    const int* start;        // [rows]: the first that is no padding
-    const int* turned;       // [rows]: rotary position of the new token
-    const u16 *q_norm, *k_norm;
-    u16* out;                // [rows][H * D]
-    float eps, scale;        // scale: of scores, times log2(e)
-    int length, heads, group;  // heads: KV; group: query heads of one
-};
-
-// Which row, key-value head, part of its query heads and share of its keys.
-struct Item {
-    int row, head, part, split, splits;
-};
-
-struct Share {  // shared memory
-    float sums[WARPS][HEADS][D], maxima[WARPS][HEADS], weights[WARPS][HEADS];
-    float sum[HEADS][D], most[HEADS], weight[HEADS];
-};
-
-struct Keys {
-    uint4 a[UNROLL], b[UNROLL];
-    float2 turn[8];  // cos, sin of the new token's position, for a lane's inputs
-    int at, to;
-};
-
-__device__ __forceinline__ size_t base_of(const Attention& t, const Item& item) {
-    return ((size_t)item.row * t.heads + item.head) * t.length * LANES + threadIdx.x % LANES;
-}
-
-__device__ __forceinline__ void load(Keys& keys, const Attention& t, size_t base) {
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u)
-        if (keys.at + u * STEP < keys.to) {
-            const size_t at = base + (size_t)(keys.at + u * STEP) * LANES;
-            keys.a[u] = ((const uint4*)t.keys)[at], keys.b[u] = ((const uint4*)t.values)[at];
-        } else {
-            keys.a[u] = keys.b[u] = make_uint4(0, 0, 0, 0);
-        }
-}
-
-__device__ __forceinline__ void ask(Keys& keys, const Attention& t, const Item& item) {
-    const int end = t.filled[item.row], first = t.start[item.row];  // old keys
-    const int share = (end - first + item.splits - 1) / item.splits;
-    const int from = min(first + item.split * share, end);
-    keys.to = min(end, from + share);
-    keys.at = from + threadIdx.x / LANES;
-    load(keys, t, base_of(t, item));
-    const float2* rope = t.rope + (size_t)t.turned[item.row] * (D / 2);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) keys.turn[i] = rope[(threadIdx.x % LANES * 8 + i) % (D / 2)];
-}
-
-// The block's share, into shared memory; ends with a barrier.
-__device__ __forceinline__ void attend(
-    Share& shared, Keys& keys, const Attention& t, const Item& item) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const int sub = lane / LANES, part = lane % LANES;
-    float norm[8] = {};
-#if HEADNORM
-    unpack(norm, ((const uint4*)t.q_norm)[part]);
-#endif
-    const uint4* fresh = (const uint4*)(t.qkv + (size_t)item.row * (t.group + 2) * t.heads * D);
-    Sums s = {};
-    float q[HEADS][8];
-#pragma unroll
-    for (int g = 0; g < HEADS; ++g) {
-        const int head = item.head * t.group + item.part * HEADS + g;
-        unpack(q[g], fresh[head * LANES + part]);
-        prepare(q[g], norm, t.eps, keys.turn, part);
-        s.top[g] = -1e30f;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) q[g][i] *= t.scale;
-    }
-    if (item.split == 0 && warp == 0) {  // the new key
-        float x[8];
-        unpack(x, fresh[(t.group * t.heads + item.head) * LANES + part]);
-#if HEADNORM
-        unpack(norm, ((const uint4*)t.k_norm)[part]);
-#endif
-        prepare(x, norm, t.eps, keys.turn, part);
-        const uint4 key = make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]),
-                                     bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
-        const uint4 value[1] = {fresh[((t.group + 1) * t.heads + item.head) * LANES + part]};
-        if (sub == 0 && item.part == 0) {
-            const size_t at = base_of(t, item) + (size_t)t.filled[item.row] * LANES;
-            ((uint4*)t.keys)[at] = key, ((uint4*)t.values)[at] = value[0];
-        }
-        unpack(x, key);
-        float score[1][HEADS];
-#pragma unroll
-        for (int g = 0; g < HEADS; ++g) {
-            const float found = dot(q[g], x);
-            score[0][g] = sub == 0 ? found : -1e30f;
-        }
-        add<1>(s, score, value);
-    }
-    while (keys.at - sub < keys.to) {
-        float score[UNROLL][HEADS];
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u) {
-            float x[8];
-            unpack(x, keys.a[u]);
-#pragma unroll
-            for (int g = 0; g < HEADS; ++g) {
-                const float found = dot(q[g], x);
-                score[u][g] = keys.at + u * STEP < keys.to ? found : -1e30f;
-            }
-        }
-        add<UNROLL>(s, score, keys.b);
-        keys.at += UNROLL * STEP;
-        load(keys, t, base_of(t, item));
-    }
-#pragma unroll
-    for (int g = 0; g < HEADS; ++g) {  // the keys that a warp holds side by side
-        float most = s.top[g];
-#pragma unroll
-        for (int i = LANES; i < 32; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
-        const float shrink = exp2f(s.top[g] - most);
-        float total = s.total[g] * shrink;
-#pragma unroll
-        for (int i = LANES; i < 32; i *= 2) total += __shfl_xor_sync(~0u, total, i);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            float sum = s.acc[g][j] * shrink;
-#pragma unroll
-            for (int i = LANES; i < 32; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
-            if (sub == 0) shared.sums[warp][g][part * 8 + j] = sum;
-        }
-        if (lane == 0) shared.maxima[warp][g] = most, shared.weights[warp][g] = total;
-    }
-    __syncthreads();
-    for (int e = threadIdx.x; e < HEADS * D; e += WARPS * 32) {  // the warps of a block
-        const int g = e / D, d = e % D;
-        float most = -1e30f, weight = 0.f, sum = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) most = fmaxf(most, shared.maxima[w][g]);
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) {
-            const float shrink = exp2f(shared.maxima[w][g] - most);
-            weight += shared.weights[w][g] * shrink, sum += shared.sums[w][g][d] * shrink;
-        }
-        shared.sum[g][d] = sum;
-        if (d == 0) shared.most[g] = most, shared.weight[g] = weight;
-    }
-    __syncthreads();
-}
-
-// Where an item's results go: [HEADS][D].
-__device__ __forceinline__ u16* result_of(const Attention& t, const Item& item) {
-    const size_t head = (size_t)(item.row * t.heads + item.head) * t.group + item.part * HEADS;
-    return t.out + head * D;
 }
 
 __device__ __forceinline__ float of_block(const float* shared, int rank) {
@@ -264,38 +107,155 @@ __device__ __forceinline__ void cluster_barrier() {
 }
 
 // grid (SPLITS, key-value heads, rows)
-// grid (SPLITS, key-value heads * parts, rows)
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(THREADS)
 #if SPLITS > 1
     __cluster_dims__(SPLITS, 1, 1)
 #endif
-    attention(Attention t) {
-    __shared__ Share shared;
-    const int parts = t.group / HEADS;
-    const Item item = {(int)blockIdx.z, (int)blockIdx.y / parts, (int)blockIdx.y % parts,
-                       (int)blockIdx.x, SPLITS};
-    Keys keys;
-    ask(keys, t, item);
+    attention(
+        const u16* qkv,          // [rows][(H + 2 KV) * D]
+        u16* keys, u16* values,  // [rows][KV][length][D]
+        const float2* rope,      // [position][D / 2]: cos, sin
+        const int* filled,       // [rows]: keys in the cache; the new one goes there
+        const int* start,        // [rows]: the first that is no padding
+        const int* turned,       // [rows]: rotary position of the new token
+        const u16* q_norm, const u16* k_norm, float eps,
+        u16* out,                // [rows][H * D]
+        int length, float scale) {
+    const int split = blockIdx.x, head = blockIdx.y, heads = gridDim.y, row = blockIdx.z;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int sub = lane / LANES, part = lane % LANES;
+    __shared__ float sums[WARPS][G][D], maxima[WARPS][G], weights[WARPS][G];
+    __shared__ float mine[G][D], most_of[G], weight_of[G];
+
+    const int end = filled[row], first = start[row];  // old keys
+    const int share = (end - first + SPLITS - 1) / SPLITS;
+    const int from = min(first + split * share, end), to = min(end, from + share);
+    const size_t base = ((size_t)row * heads + head) * length;
+    const uint4* k = (const uint4*)(keys + base * D) + part;
+    const uint4* v = (const uint4*)(values + base * D) + part;
+    float2 turn[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        turn[i] = rope[(size_t)turned[row] * (D / 2) + (part * 8 + i) % (D / 2)];
+    float norm[8] = {};
+#if HEADNORM
+    unpack(norm, ((const uint4*)q_norm)[part]);
+#endif
+    int at = from + warp * AT_ONCE + sub;
+    uint4 a[UNROLL], b[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u)
+        if (at + u * STEP < to) {
+            a[u] = k[(size_t)(at + u * STEP) * LANES], b[u] = v[(size_t)(at + u * STEP) * LANES];
+        } else {
+            a[u] = b[u] = make_uint4(0, 0, 0, 0);
+        }
     wait_for_prior();
     start_dependents();
-    attend(shared, keys, t, item);
+
+    const uint4* fresh = (const uint4*)(qkv + (size_t)row * (G + 2) * heads * D);
+    Sums s = {};
+    float q[G][8];
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+        unpack(q[g], fresh[(head * G + g) * LANES + part]);
+        prepare(q[g], norm, eps, turn, part);
+        s.top[g] = -1e30f;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) q[g][i] *= scale;
+    }
+    if (split == 0 && warp == 0) {  // the new key
+        float x[8];
+        unpack(x, fresh[(G * heads + head) * LANES + part]);
+#if HEADNORM
+        unpack(norm, ((const uint4*)k_norm)[part]);
+#endif
+        prepare(x, norm, eps, turn, part);
+        const uint4 key = make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]),
+                                     bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
+        const uint4 value[1] = {fresh[((G + 1) * heads + head) * LANES + part]};
+        if (sub == 0) {
+            ((uint4*)(keys + (base + end) * D))[part] = key;
+            ((uint4*)(values + (base + end) * D))[part] = value[0];
+        }
+        unpack(x, key);
+        float score[1][G];
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+            const float found = dot(q[g], x);
+            score[0][g] = sub == 0 ? found : -1e30f;
+        }
+        add<1>(s, score, value);
+    }
+    while (at - sub < to) {
+        float score[UNROLL][G];
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u) {
+            float x[8];
+            unpack(x, a[u]);
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                const float found = dot(q[g], x);
+                score[u][g] = at + u * STEP < to ? found : -1e30f;
+            }
+        }
+        add<UNROLL>(s, score, b);
+        at += UNROLL * STEP;
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u)
+            if (at + u * STEP < to) {
+                a[u] = k[(size_t)(at + u * STEP) * LANES];
+                b[u] = v[(size_t)(at + u * STEP) * LANES];
+            }
+    }
+#pragma unroll
+    for (int g = 0; g < G; ++g) {  // the keys that a warp holds side by side
+        float most = s.top[g];
+#pragma unroll
+        for (int i = LANES; i < 32; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
+        const float shrink = exp2f(s.top[g] - most);
+        float total = s.total[g] * shrink;
+#pragma unroll
+        for (int i = LANES; i < 32; i *= 2) total += __shfl_xor_sync(~0u, total, i);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            float sum = s.acc[g][j] * shrink;
+#pragma unroll
+            for (int i = LANES; i < 32; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
+            if (sub == 0) sums[warp][g][part * 8 + j] = sum;
+        }
+        if (lane == 0) maxima[warp][g] = most, weights[warp][g] = total;
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < G * D; e += THREADS) {  // the warps of a block
+        const int g = e / D, d = e % D;
+        float most = -1e30f, weight = 0.f, sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) most = fmaxf(most, maxima[w][g]);
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) {
+            const float shrink = exp2f(maxima[w][g] - most);
+            weight += weights[w][g] * shrink, sum += sums[w][g][d] * shrink;
+        }
+        mine[g][d] = sum;
+        if (d == 0) most_of[g] = most, weight_of[g] = weight;
+    }
     cluster_barrier();
-    u16* out = result_of(t, item);
-    for (int e = item.split * WARPS * 32 + threadIdx.x; e < HEADS * D; e += SPLITS * WARPS * 32) {
+    for (int e = split * THREADS + threadIdx.x; e < G * D; e += SPLITS * THREADS) {  // the blocks
         const int g = e / D, d = e % D;
         float top[SPLITS], most = -1e30f, weight = 0.f, sum = 0.f;
 #pragma unroll
         for (int r = 0; r < SPLITS; ++r) {
-            top[r] = of_block(&shared.most[g], r);
+            top[r] = of_block(&most_of[g], r);
             most = fmaxf(most, top[r]);
         }
 #pragma unroll
         for (int r = 0; r < SPLITS; ++r) {
             const float shrink = exp2f(top[r] - most);
-            weight += of_block(&shared.weight[g], r) * shrink;
-            sum += of_block(&shared.sum[g][d], r) * shrink;
+            weight += of_block(&weight_of[g], r) * shrink;
+            sum += of_block(&mine[g][d], r) * shrink;
         }
-        out[e] = to_bf16(sum / weight);
+        out[((size_t)row * heads + head) * G * D + e] = to_bf16(sum / weight);
     }
 #if SPLITS > 1
     cluster_barrier();  // nobody leaves while his share is read

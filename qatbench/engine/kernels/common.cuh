@@ -1,4 +1,3 @@
-#pragma once
 // What the kernels share. No header of CUDA is needed: bf16 is handled as its 16 bits.
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -55,26 +54,12 @@ __device__ __forceinline__ void mma(
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-
 // Read once: past the first cache.
 __device__ __forceinline__ uint4 stream(const uint4* from) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
     return v;
-}
-
-// 16 bytes into shared memory, past the first cache, without waiting for them.
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-    const u32 at = (u32)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-}
-__device__ __forceinline__ void end_of_copies() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int N>
-__device__ __forceinline__ void wait_for_copies() {  // all but the last N groups
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 __device__ __forceinline__ float warp_sum(float v) {
@@ -114,39 +99,40 @@ struct Output {
     double* next;          // RESIDUAL: [column], added to
 };
 
+#ifdef EPILOGUE
 // Rows g and g + 8 of a tile (SWIGLU: row g of both halves), column n. Eight lanes side by side have
 // the eight g of one tile and column; lanes that are not `on` repeat another's work.
 __device__ __forceinline__ void finish(
-    const Output& o, int epilogue, int tile, int g, int n, float upper, float lower, int rows,
-    bool on) {
+    const Output& o, int tile, int g, int n, float upper, float lower, int rows, bool on) {
     if (o.squares) {
-        const float r = rsqrtf((float)o.squares[n] / o.width + o.eps);
+        const float r = rsqrtf((float)(o.squares[n] / o.width) + o.eps);
         upper *= r, lower *= r;
     }
-    if (epilogue == SWIGLU) {
-        const float y = upper / (1.f + __expf(-upper)) * lower;
-        if (on) ((u16*)o.out)[(size_t)n * (rows / 2) + tile * 8 + g] = to_bf16(y);
-        return;
-    }
+#if EPILOGUE == SWIGLU
+    const float y = upper / (1.f + __expf(-upper)) * lower;
+    if (on) ((u16*)o.out)[(size_t)n * (rows / 2) + tile * 8 + g] = to_bf16(y);
+#else
     const int row = tile * 16 + g;
     const size_t to = (size_t)n * rows + row;
     if (o.bias) upper += from_bf16(o.bias[row]), lower += from_bf16(o.bias[row + 8]);
-    if (epilogue == LOGITS) {
-        if (on) ((float*)o.out)[to] = upper, ((float*)o.out)[to + 8] = lower;
-    } else if (epilogue == RESIDUAL) {
-        u16* x = (u16*)o.out;
-        const u16 a = to_bf16(from_bf16(x[to]) + upper), b = to_bf16(from_bf16(x[to + 8]) + lower);
-        const float u = from_bf16(a), v = from_bf16(b);
-        float square = on ? u * u + v * v : 0.f;
+#if EPILOGUE == LOGITS
+    if (on) ((float*)o.out)[to] = upper, ((float*)o.out)[to + 8] = lower;
+#elif EPILOGUE == RESIDUAL
+    u16* x = (u16*)o.out;
+    const u16 a = to_bf16(from_bf16(x[to]) + upper), b = to_bf16(from_bf16(x[to + 8]) + lower);
+    const float u = from_bf16(a), v = from_bf16(b);
+    float square = on ? u * u + v * v : 0.f;
 #pragma unroll
-        for (int i = 4; i; i /= 2) square += __shfl_xor_sync(~0u, square, i);
-        if (on) {
-            x[to] = a, x[to + 8] = b;
-            o.scaled[to] = to_bf16(u * from_bf16(o.weight[row]));
-            o.scaled[to + 8] = to_bf16(v * from_bf16(o.weight[row + 8]));
-            if (g == 0) atomicAdd(o.next + n, (double)square);
-        }
-    } else if (on) {
-        ((u16*)o.out)[to] = to_bf16(upper), ((u16*)o.out)[to + 8] = to_bf16(lower);
+    for (int i = 4; i; i /= 2) square += __shfl_xor_sync(~0u, square, i);
+    if (on) {
+        x[to] = a, x[to + 8] = b;
+        o.scaled[to] = to_bf16(u * from_bf16(o.weight[row]));
+        o.scaled[to + 8] = to_bf16(v * from_bf16(o.weight[row + 8]));
+        if (g == 0) atomicAdd(o.next + n, (double)square);
     }
+#else
+    if (on) ((u16*)o.out)[to] = to_bf16(upper), ((u16*)o.out)[to + 8] = to_bf16(lower);
+#endif
+#endif
 }
+#endif

@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(256) after(const u16* y, Output out
     const int upper = tile * 16 + g, lower = upper + 8;
 #endif
     y += (size_t)n * rows;
-    finish(output, EPILOGUE, tile, g, n, from_bf16(y[upper]), from_bf16(y[lower]), rows, on);
+    finish(output, tile, g, n, from_bf16(y[upper]), from_bf16(y[lower]), rows, on);
 }
 #endif
 
@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
     const int upper = paired ? tile * 8 + g : tile * 16 + g;
     const int lower = paired ? rows / 2 + upper : upper + 8;
     for (int chunk = threadIdx.x >> 5; chunk < K / 64; chunk += 8) {
-        const uint4 four = __ldcs(words + ((size_t)tile * (K / 64) + chunk) * 32 + lane);
+        const uint4 four = stream(words + ((size_t)tile * (K / 64) + chunk) * 32 + lane);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int at = chunk * 64 + h * 32 + t * 8;
