@@ -15,12 +15,19 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest, norm
 
 from qatbench.errors import UsageError
-from qatbench.stats_resample import Array, aligned, clustered, interval, resampled, tail_at
+from qatbench.stats_resample import (
+    Array,
+    aligned,
+    clustered,
+    interval,
+    ratio_interval,
+    resampled,
+    tail_at,
+)
 
 Verdict = Literal["equivalent", "better", "worse", "undecided"]
 
 _POWER = 0.8
-_TINY = 1e-6  # of a question
 
 
 class PairedCounts(NamedTuple):
@@ -227,26 +234,28 @@ def recovery(
 ) -> RecoveredShare:
     """(qat - ptq) / (full - ptq) of the means: the share of what PTQ lost that came back.
 
-    Above 1 where QAT is better than full, below 0 where it is worse than PTQ. Withheld unless the
-    interval of full - ptq lies above 0: a share of nothing is no figure.
+    Above 1 where QAT is better than full, below 0 where it is worse than PTQ. Its interval is
+    Fieller's (`stats_resample.ratio_interval`) from the bootstrap's covariance. Withheld unless
+    the interval of full - ptq lies above 0 and Fieller's is bounded: a share of nothing is no
+    figure.
 
     Shapes: three times (n,), as in `paired_bootstrap`, and its `clusters`; all arms are resampled
         together.
-    Raises: UsageError as `paired_bootstrap`.
+    Raises: UsageError as `paired_bootstrap`, and for fewer than two draws.
+    Source: Fieller 1954, J. R. Statist. Soc. B 16:175-185.
     """
     _check_level(level)
     table = aligned(qat, ptq, full)
     gains = table[:, [0, 2]] - table[:, [1]]  # over ptq
     sums, sizes = clustered(gains, clusters)
     drawn = resampled(np.column_stack((sums, sizes)), draws, seed)
-    gained, lost = sums.sum(axis=0) / sizes.sum()
-    low, high = interval(drawn[:, 1] / drawn[:, 2], sums[:, 1] - lost * sizes, level)
-    if low <= 0:
-        return RecoveredShare(None, None, None, float(lost), low, high)
-    share = float(gained / lost)
-    shares = drawn[:, 0] / np.maximum(drawn[:, 1], _TINY)  # the few draws in which nothing was lost
-    bounds = interval(shares, sums[:, 0] - share * sums[:, 1], level)
-    return RecoveredShare(share, *bounds, float(lost), low, high)
+    gained, lost = (float(total) for total in sums.sum(axis=0) / sizes.sum())
+    gains_drawn, losses_drawn = (drawn[:, :2] / drawn[:, 2:]).T
+    low, high = interval(losses_drawn, sums[:, 1] - lost * sizes, level)
+    bounds = ratio_interval(gains_drawn, losses_drawn, (gained, lost), level)
+    if low <= 0 or bounds is None:
+        return RecoveredShare(None, None, None, lost, low, high)
+    return RecoveredShare(gained / lost, *bounds, lost, low, high)
 
 
 def _n_needed(sums: Array, sizes: Array, margin: float, alpha: float) -> int:

@@ -6,8 +6,9 @@ from qatbench.report import tables
 from qatbench.report.model import TaskComparison
 
 METHOD = """\
-- **won back**: (QAT - PTQ) / (16 bit - PTQ), the bootstrap's interval over the same questions; \
-withheld where the interval of 16 bit - PTQ holds 0, as there may have been nothing to win back.
+- **won back**: (QAT - PTQ) / (16 bit - PTQ) with Fieller's interval, of the bootstrap's spread \
+over the same questions; withheld where 16 bit - PTQ is not shown to be above 0, as there may have \
+been nothing to win back.
 - **noise floor**: flips between two evaluations of one model, or between seeds of one 16-bit arm: \
 differences of that size say nothing about quantization."""
 

@@ -34,8 +34,7 @@ def recoveries(
         found = stats.recovery(qat, ptq, top, clusters, draws=draws, level=LEVEL, seed=seed)
         withheld = None
         if found.share is None:
-            lost = f"{100 * found.loss:+.1f} [{100 * found.loss_low:+.1f},"
-            withheld = f"PTQ is not shown to lose: {lost} {100 * found.loss_high:+.1f}] points"
+            withheld = _reason(found)
         told.append(
             Recovery(
                 arm=contest.arm,
@@ -49,6 +48,13 @@ def recoveries(
             )
         )
     return tuple(told)
+
+
+def _reason(found: stats.RecoveredShare) -> str:
+    """Why there is no share: nothing is shown to be lost, or too little to divide by."""
+    loss, low, high = (100 * part for part in (found.loss, found.loss_low, found.loss_high))
+    what = "PTQ's loss is too close to 0 to divide by" if low > 0 else "PTQ is not shown to lose"
+    return f"{what}: {loss:+.1f} [{low:+.1f}, {high:+.1f}] points"
 
 
 def _full(task: TaskComparison, baseline: str) -> ArmResult | None:
