@@ -29,16 +29,17 @@ right. Where rows form groups, a question is a group, right when all its rows ar
 - **95 % interval**: Wilson, of one seed's n questions around the mean. It covers the choice of \
 questions, not of training seeds: the spread over seeds (standard deviation, points) does that.
 - **difference**: arm minus reference in points, correctness averaged over seeds first; interval: \
-percentile bootstrap over questions (clusters where rows form groups), \
+percentile bootstrap over questions (over clusters where questions form any), \
 {draws} draws, seed {seed}.
 - **p**: two-sided and exact: McNemar with one seed each, else sign flips of the questions' mean \
-differences. Holm's adjustment covers the {family} pairs of this comparison.
+differences (of clusters' sums where questions form any). Holm's adjustment covers the {family} \
+pairs of this comparison.
 - **verdict**: "equivalent": two one-sided tests at a margin of {margin} points, p adjusted by \
 Holm as a family of its own; "better", "worse": the interval lies beside 0 and p (Holm) is below \
 {alpha:.2g}; otherwise "undecided". "n needed" questions would show equivalence with 80 % power if \
 there is no difference.
 - **lost/gained**: questions that went from right to wrong / wrong to right, mean over pairs of \
-equal seeds (or all seeds with the only one of the other arm); McNemar's p of each.
+equal seeds (or all seeds with the only one of the other arm); p of each.
 - **MB**: 10^6 bytes of checkpoint. **bits/weight**: the language model's linears, with scales. \
 **cost**: making the checkpoint, and before it those of the compared arms that it was made from \
 (the model that was quantized, the teacher); mean over seeds, on the device stated."""

@@ -43,6 +43,19 @@ class Answers(NamedTuple):
     scores: Floats  # (seeds, rows, letters) nats; NaN where an option was not shown or not scored
 
 
+class Lined(NamedTuple):
+    """The answers of all arms to one task, row by row in one order."""
+
+    layout: Layout
+    by_name: dict[str, Answers]  # of each arm, in the order given
+
+
+def lined(arms: Sequence[Arm], sheet: Sheet) -> Lined:
+    """Line up what every arm of a sheet answered."""
+    layout = lay_out(arms, sheet)
+    return Lined(layout, {arm.name: answers(arm, sheet, layout) for arm in arms})
+
+
 def lay_out(arms: Sequence[Arm], sheet: Sheet) -> Layout:
     """Fix the order of a sheet's rows; the sheet has made sure that all runs have the same."""
     runs = [run.units[sheet.task] for arm in arms for run in arm.runs]

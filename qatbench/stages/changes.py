@@ -15,15 +15,12 @@ from qatbench.stages.answers import (
     Floats,
     Ints,
     Layout,
-    answers,
+    Lined,
     divergences,
-    lay_out,
     margins,
 )
-from qatbench.stages.arms import Arm
 from qatbench.stages.groups import Group, Interval, groups_of, intervals
 from qatbench.stages.paired import LEVEL, partners
-from qatbench.stages.sheets import Sheet
 
 _FLIPS_SHOWN = 24  # each way
 
@@ -53,8 +50,7 @@ class _SeedPair(NamedTuple):
 
 
 def changes(
-    arms: Sequence[Arm],
-    sheet: Sheet,
+    lined: Lined,
     pairs: Sequence[tuple[str, str]],
     *,
     shown: Collection[tuple[str, str]] = (),
@@ -70,24 +66,20 @@ def changes(
     questions, as those of pairs.
 
     Args:
-        arms: those of the sheet.
-        sheet: the questions of one task.
+        lined: what the arms answered to one task.
         pairs: names; a pair that is named twice is told once.
         shown: pairs whose flipped questions are listed, at most 24 each way, the widest first.
         draws: of the bootstrap where questions share clusters; else its distribution is exact.
         seed: of those draws.
         level: of the intervals.
-        clusters: of each question of the sheet what it is drawn with; None: each alone.
+        clusters: of each question what it is drawn with; None: each alone.
 
     """
-    layout = lay_out(arms, sheet)
-    wanted = dict.fromkeys(pairs)
-    named = {name for pair in wanted for name in pair}
-    by_name = {arm.name: answers(arm, sheet, layout) for arm in arms if arm.name in named}
+    layout, by_name = lined
     groups = groups_of(layout.first)
     interval = intervals(draws, seed, level, clusters)
     found = []
-    for pair in wanted:
+    for pair in dict.fromkeys(pairs):
         arm, reference = by_name[pair[0]], by_name[pair[1]]
         seeds = [
             _seed_pair(layout, arm, reference, i, j)
@@ -104,17 +96,16 @@ def changes(
     return tuple(found)
 
 
-def agreement(arms: Sequence[Arm], sheet: Sheet) -> Agreement:
+def agreement(lined: Lined) -> Agreement:
     """Share of rows on which two arms chose the same letter; no letter agrees with no letter.
 
     A mean over pairs of seeds, equal ones where there are any, else each with each; on the
     diagonal over the pairs of an arm's own seeds, 1.0 with one.
     """
-    layout = lay_out(arms, sheet)
-    lined = [answers(arm, sheet, layout) for arm in arms]
+    arms = list(lined.by_name.values())
 
     def share(a: int, b: int) -> float:
-        mine, other = lined[a], lined[b]
+        mine, other = arms[a], arms[b]
         if a == b:
             places = [(i, j) for j in range(len(mine.seeds)) for i in range(j)]
         else:
@@ -127,7 +118,7 @@ def agreement(arms: Sequence[Arm], sheet: Sheet) -> Agreement:
 
     size = range(len(arms))
     return Agreement(
-        arms=tuple(arm.name for arm in arms),
+        arms=tuple(lined.by_name),
         share=tuple(tuple(share(min(a, b), max(a, b)) for b in size) for a in size),
     )
 

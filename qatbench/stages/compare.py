@@ -25,6 +25,7 @@ from qatbench.report.model import (
 from qatbench.report.warnings import warnings_of
 from qatbench.stages.ablations import settled, with_ablations
 from qatbench.stages.adjusted import adjusted
+from qatbench.stages.answers import lined
 from qatbench.stages.arms import Arm, load_arms
 from qatbench.stages.changes import agreement, changes
 from qatbench.stages.claims import verdicts
@@ -43,7 +44,6 @@ class _Settings(NamedTuple):
     draws: int
     seed: int
     out: Path | None
-    cluster: str
     recipe: str | None
 
 
@@ -68,8 +68,8 @@ def compare(
         intersection: compare on the shared questions where the arms' question sets differ.
         draws: of the bootstrap over questions.
         seed: of the bootstrap.
-        cluster: what is resampled: each question, or those together that have one value of this
-            field of Prediction.meta, e.g. image.
+        cluster: what is resampled: each question (passes of one together), or those together that
+            have one value of this field of Prediction.meta, e.g. image.
         recipe: name of the recipe that made the runs, for the record.
         out: where the comparison will lie; the predictions are named relative to it.
 
@@ -85,7 +85,7 @@ def compare(
         folders.setdefault(path.resolve(), path)
     arms = load_arms(list(folders.values()))
     reference = arms[list(folders).index(baseline.resolve())].name
-    settings = _Settings(margin, intersection, draws, seed, out, cluster, recipe)
+    settings = _Settings(margin, intersection, draws, seed, out, recipe)
     sheets = line_up(arms, intersection=intersection, cluster=cluster)
     training = courses(arms)
     tasks = [_compare_task(arms, sheet, reference, settings, training) for sheet in sheets]
@@ -160,20 +160,20 @@ def _changed(
     shown = [(p.arm, p.reference) for p in block.contests]
     shown += [(p.arm, p.reference) for p in block.pairs if p.arm in met or len(block.pairs) == 1]
     how: Any = {"clusters": sheet.clusters, "draws": settings.draws, "seed": settings.seed}
+    rows = lined(arms, sheet)
     full = [arm.name for arm in block.arms if arm.family == "16-bit"]
     return {
-        "changes": changes(arms, sheet, stated, shown=shown, **how),
-        "agreement": agreement(arms, sheet),
+        "changes": changes(rows, stated, shown=shown, **how),
+        "agreement": agreement(rows),
         "recovery": recoveries(block, sheet.scores, baseline, **how),
-        "noise": noise(arms, sheet, full),
+        "noise": noise(arms, rows, full),
     }
 
 
 def _definition(arms: list[Arm], sheet: Sheet, settings: _Settings) -> Definition:
     return definition(
         arms, sheet, margin=settings.margin, intersection=settings.intersection,
-        draws=settings.draws, seed=settings.seed, cluster=settings.cluster,
-        recipe=settings.recipe,
+        draws=settings.draws, seed=settings.seed, recipe=settings.recipe,
     )  # fmt: skip
 
 

@@ -19,7 +19,6 @@ def definition(
     intersection: bool,
     draws: int,
     seed: int,
-    cluster: str,
     recipe: str | None,
 ) -> Definition:
     """Everything that the runs state about how they came about; the Holm families are not known."""
@@ -59,7 +58,7 @@ def definition(
         recipe=recipe or next(filter(None, recipes), None),
         kernel=_distinct(_stated(run, "kernel") for run in runs),
         model=_models(arms),
-        cluster=cluster,
+        cluster=sheet.clustered_by,
     )
 
 

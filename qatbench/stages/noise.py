@@ -8,12 +8,11 @@ from statistics import fmean
 from typing import Literal
 
 from qatbench.report.details import Noise
-from qatbench.stages.answers import Layout, answers, lay_out
+from qatbench.stages.answers import Lined
 from qatbench.stages.arms import Arm, section
-from qatbench.stages.sheets import Sheet
 
 
-def noise(arms: Sequence[Arm], sheet: Sheet, full: Sequence[str]) -> tuple[Noise, ...]:
+def noise(arms: Sequence[Arm], lined: Lined, full: Sequence[str]) -> tuple[Noise, ...]:
     """Evaluations of one model in two arms, then the seeds of each 16-bit arm (`full`) in pairs."""
     made = [_models(arm) for arm in arms]
     twice = [
@@ -22,14 +21,13 @@ def noise(arms: Sequence[Arm], sheet: Sheet, full: Sequence[str]) -> tuple[Noise
         if made[i] and made[i] == made[j]
     ]
     seeds = [arm for arm in arms if arm.name in full and len(arm.seeds) > 1]
-    layout = lay_out(arms, sheet)
     told = []
     for one, other in twice:
         pairs = [(i, i) for i in range(len(one.runs))]
-        told.append(_between("repeat", one, other, pairs, sheet, layout))
+        told.append(_between("repeat", one, other, pairs, lined))
     for arm in seeds:
         pairs = list(combinations(range(len(arm.runs)), 2))
-        told.append(_between("seeds", arm, arm, pairs, sheet, layout))
+        told.append(_between("seeds", arm, arm, pairs, lined))
     return tuple(told)
 
 
@@ -38,18 +36,17 @@ def _between(
     one: Arm,
     other: Arm,
     pairs: Sequence[tuple[int, int]],
-    sheet: Sheet,
-    layout: Layout,
+    lined: Lined,
 ) -> Noise:
-    a, b = sheet.scores[one.name].right, sheet.scores[other.name].right
-    mine, theirs = answers(one, sheet, layout), answers(other, sheet, layout)
+    mine, theirs = lined.by_name[one.name], lined.by_name[other.name]
+    a, b = mine.right, theirs.right
     flips = fmean(int((a[i] != b[j]).sum()) for i, j in pairs)
     return Noise(
         kind=kind,
         arm=one.name,
         other=other.name,
         flips=flips,
-        share=flips / len(sheet.keys),
+        share=flips / len(lined.layout.keys),
         difference=fmean(abs(float(a[i].mean() - b[j].mean())) for i, j in pairs),
         same_answer=fmean(float((mine.chosen[i] == theirs.chosen[j]).mean()) for i, j in pairs),
     )

@@ -36,7 +36,7 @@ def pair_result(
     """Compare two arms; `p_holm` is still `p`, for the caller to adjust.
 
     With `clusters`, one a question, questions of one cluster are resampled together, and their
-    signs are flipped together; the p of single seeds do not know of them.
+    signs are flipped together, of single seeds too.
 
     Raises: UsageError if there are fewer than two clusters or margin is not in (0, 1).
     """
@@ -45,8 +45,10 @@ def pair_result(
     tost = stats.tost_paired(
         a, b, margin, clusters=clusters, level=LEVEL, draws=draws, seed=seed
     )  # fmt: skip
-    pairs = tuple(_seed_pair(arm, reference, i, j) for i, j in partners(arm.seeds, reference.seeds))
-    if clusters is None and len(arm.seeds) == len(reference.seeds) == 1:
+    pairs = tuple(
+        _seed_pair(arm, reference, i, j, clusters) for i, j in partners(arm.seeds, reference.seeds)
+    )
+    if len(arm.seeds) == len(reference.seeds) == 1:
         p = pairs[0].p
     else:  # one denominator for both means: seeds of the one times seeds of the other
         differences = arm.right.sum(axis=0) * len(reference.seeds)
@@ -128,12 +130,19 @@ def partners(arm: tuple[int, ...], reference: tuple[int, ...]) -> list[tuple[int
     ]
 
 
-def _seed_pair(arm: Scores, reference: Scores, i: int, j: int) -> SeedPair:
-    counts = stats.paired_counts(arm.right[i], reference.right[j])
+def _seed_pair(
+    arm: Scores, reference: Scores, i: int, j: int, clusters: Sequence[str] | None
+) -> SeedPair:
+    mine, other = arm.right[i], reference.right[j]
+    counts = stats.paired_counts(mine, other)
+    if clusters is None:
+        p = stats.mcnemar_exact(counts.only_b, counts.only_a)
+    else:
+        p = sign_flip_test(_by_cluster(mine - other, clusters))
     return SeedPair(
         seed=arm.seeds[i],
         reference_seed=reference.seeds[j],
         lost=counts.only_b,
         gained=counts.only_a,
-        p=stats.mcnemar_exact(counts.only_b, counts.only_a),
+        p=p,
     )

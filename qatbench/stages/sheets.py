@@ -22,16 +22,19 @@ class Sheet(NamedTuple):
     scores: dict[str, Scores]  # by arm
     dropped: dict[str, int]  # arm -> questions left out
     clusters: tuple[str, ...] | None = None  # of each question; None: each alone
+    clustered_by: str = QUESTION  # in words
 
 
 def line_up(arms: Sequence[Arm], *, intersection: bool, cluster: str = QUESTION) -> list[Sheet]:
     """Line up the questions of every task that the arms share.
 
     `cluster` names the field of `Prediction.meta` whose value questions have in common that are
-    resampled together; a question without one stands alone.
+    resampled together; a question without one stands alone. The passes of a circular question that
+    are counted apart (`pass_of`) are resampled together whatever else is.
 
-    Raises: ArtifactError if tasks, questions or gold answers differ and not `intersection`, or if
-        nothing is shared.
+    Raises: ArtifactError if tasks, questions or gold answers differ and not `intersection`, if
+        nothing is shared, or if two runs state different values of the field for a question;
+        UsageError if no run states the field.
     """
     return [_sheet(arms, task, intersection, cluster) for task in _tasks(arms, intersection)]
 
@@ -74,27 +77,67 @@ def _sheet(arms: Sequence[Arm], task: str, intersection: bool, cluster: str) -> 
     dropped = {arm.name: 0 for arm in arms} if intersection else {}
     for arm, _, mine in signed if intersection else ():
         dropped[arm.name] = max(dropped[arm.name], len(mine) - len(keys))
-    return Sheet(task, keys, scores, dropped, _clusters(first_run, task, keys, cluster))
+    runs = [run for _, run, _ in signed]
+    return Sheet(task, keys, scores, dropped, *_clusters(runs, task, keys, cluster))
 
 
-def _clusters(run: Run, task: str, keys: Sequence[str], cluster: str) -> tuple[str, ...] | None:
-    """What each question is resampled with.
+def _clusters(
+    runs: Sequence[Run], task: str, keys: Sequence[str], cluster: str
+) -> tuple[tuple[str, ...] | None, str]:
+    """What each question is resampled with (None: each alone), and that in words.
 
-    Raises: UsageError when no question of the task has such a field.
+    Raises: UsageError if no question of the task has such a field, unless it is the picture and
+        no question shows one; ArtifactError as `_stated`.
     """
-    if cluster == QUESTION:
-        return None
-    values = [run.units[task][key][0].meta.get(cluster) for key in keys]
-    if all(value is None for value in values):
-        known = sorted({name for key in keys for name in run.units[task][key][0].meta})
+    passes = _stated(runs, task, keys, "pass_of")
+    values = {} if cluster == QUESTION else _stated(runs, task, keys, cluster)
+    if cluster != QUESTION and not values and not _without_pictures(runs, task, keys, cluster):
+        rows = [row for run in runs for key in keys for row in run.units[task][key]]
+        known = sorted({name for row in rows for name in row.meta})
         raise UsageError(
             f"{task}: no prediction states {cluster!r}, which questions are to be clustered by",
             hint=f"evaluate again if it is image or skill; recorded: {', '.join(known) or 'none'}",
         )
-    return tuple(
-        f"alone {key}" if value is None else f"with {value}"
-        for key, value in zip(keys, values, strict=True)
-    )
+    ids = []
+    for key in keys:
+        whole = f"passes of {passes[key]}" if key in passes else f"alone {key}"
+        ids.append(f"with {values[key]}" if key in values else whole)
+    words = f"{QUESTION}, its passes together" if passes else QUESTION
+    if cluster != QUESTION:
+        lacking, alone = len(keys) - len(values), "with its passes" if passes else "alone"
+        told = f" ({lacking} of {len(keys)} questions state none: each {alone})"
+        words = f"{cluster}{told if lacking else ''}"
+    return tuple(ids) if len(set(ids)) < len(ids) else None, words
+
+
+def _stated(runs: Sequence[Run], task: str, keys: Sequence[str], field: str) -> dict[str, Any]:
+    """Values of a field of `Prediction.meta`, by question, of whichever run states one.
+
+    Raises: ArtifactError for a question of which different values are stated.
+    """
+    found: dict[str, Any] = {}
+    where: dict[str, Run] = {}
+    for run in runs:
+        for key in keys:
+            for row in run.units[task][key]:
+                value = row.meta.get(field)
+                if value is not None and found.setdefault(key, value) != value:
+                    raise ArtifactError(
+                        f"{task}: question {key} has {field} {found[key]!r} in"
+                        f" {where[key].folder} and {value!r} in {run.folder}",
+                        hint="evaluate both on one copy of the data, or --cluster by another field",
+                    )
+                if key in found:
+                    where.setdefault(key, run)
+    return found
+
+
+def _without_pictures(runs: Sequence[Run], task: str, keys: Sequence[str], cluster: str) -> bool:
+    """Whether the picture is asked for and every question is said to have none."""
+    if cluster != "image":
+        return False
+    shown = _stated(runs, task, keys, "has_image")
+    return len(shown) == len(keys) and not any(shown.values())
 
 
 def _signatures(run: Run, task: str) -> dict[str, frozenset[tuple[str, str | None]]]:

@@ -18,6 +18,7 @@ from qatbench.records import Prediction
 from qatbench.report.changes import agreement_rows, change_rows, group_rows, section
 from qatbench.report.details import Agreement, Changes, GroupChange
 from qatbench.report.model import Comparison, TaskComparison
+from qatbench.stages import answers
 from qatbench.stages.arms import Arm, load_arms
 from qatbench.stages.changes import agreement, changes
 from qatbench.stages.compare import compare
@@ -60,7 +61,7 @@ def of_folders(folders: Sequence[Path]) -> tuple[list[Arm], Sheet]:
 def changed(lineup: tuple[list[Arm], Sheet], *pairs: tuple[str, str], **options: Any) -> Any:
     arms, sheet = lineup
     options = {"draws": 200, "seed": 0, **options}
-    found = changes(arms, sheet, pairs or (PAIR,), **options)
+    found = changes(answers.lined(arms, sheet), pairs or (PAIR,), **options)
     return found if len(pairs) > 1 else found[0]
 
 
@@ -104,7 +105,7 @@ def test_answers_that_differ_among_wrong_ones(tmp_path: Path) -> None:
 def test_a_pair_named_twice_is_told_once(tmp_path: Path) -> None:
     base, arm = lost_two_gained_three(tmp_path)
     pair = ("gptq", "base")
-    assert len(changes(*of_folders([base, arm]), [pair, pair], draws=9, seed=0)) == 1
+    assert len(changes(answers.lined(*of_folders([base, arm])), [pair, pair], draws=9, seed=0)) == 1
 
 
 # --- scores -------------------------------------------------------------------------------------
@@ -248,10 +249,10 @@ def test_arms_without_a_common_seed_are_left_out(tmp_path: Path) -> None:
     for name, seeds in (("base", (0, 1)), ("arm", (2, 3))):
         for seed in seeds:
             write_run(tmp_path / name / f"seed-{seed}", predictions([1, seed % 2, 0]))
-    arms, sheet = of_folders([tmp_path / "base", tmp_path / "arm"])
-    assert changes(arms, sheet, [PAIR], draws=9, seed=0) == ()
+    rows = answers.lined(*of_folders([tmp_path / "base", tmp_path / "arm"]))
+    assert changes(rows, [PAIR], draws=9, seed=0) == ()
     # each with each: (1, 0, 0) and (1, 1, 0) with the same two
-    assert agreement(arms, sheet).share[0][1] == pytest.approx((1 + 2 / 3 + 2 / 3 + 1) / 4)
+    assert agreement(rows).share[0][1] == pytest.approx((1 + 2 / 3 + 2 / 3 + 1) / 4)
 
 
 def test_agreement_is_a_mean_over_pairs_of_seeds(tmp_path: Path) -> None:
@@ -260,7 +261,7 @@ def test_agreement_is_a_mean_over_pairs_of_seeds(tmp_path: Path) -> None:
         [row("1", "A"), row("2", None), row("3", "C")],
         [row("1", "C"), row("2", "A"), row("3", "C")],
     ]
-    found = agreement(*lined(tmp_path, one=one, two=seeds))
+    found = agreement(answers.lined(*lined(tmp_path, one=one, two=seeds)))
     assert found.arms == ("one", "two")
     # one with each seed: rows 1 and 2, none; between the seeds: row 3
     assert found.share == ((1, pytest.approx(1 / 3)), (pytest.approx(1 / 3), pytest.approx(1 / 3)))
@@ -380,13 +381,13 @@ def told(folder: Path, metas: Sequence[dict[str, Any]] = METAS, **options: Any) 
 
 
 def with_changes(comparison: Comparison, folders: Sequence[Path]) -> Comparison:
-    arms, sheet = of_folders(folders)
+    rows = answers.lined(*of_folders(folders))
     (task,) = comparison.tasks
     contests = [(pair.arm, pair.reference) for pair in task.contests]
     pairs = [(pair.arm, pair.reference) for pair in task.pairs] + contests
     update = {
-        "changes": changes(arms, sheet, pairs, shown=contests, draws=50, seed=0),
-        "agreement": agreement(arms, sheet),
+        "changes": changes(rows, pairs, shown=contests, draws=50, seed=0),
+        "agreement": agreement(rows),
     }
     return comparison.model_copy(update={"tasks": (task.model_copy(update=update),)})
 
