@@ -24,25 +24,25 @@ from qatbench.stages.claim_rules import (
     PairTest,
     Test,
 )
+from qatbench.stats import Verdict
 
 NOT_TESTABLE: ClaimVerdict = "not testable here"
-_Shown = Literal["better", "worse", "equivalent"]
-_SUPPORT: dict[Expected, tuple[_Shown, ...]] = {
+_SUPPORT: dict[Expected, tuple[Verdict, ...]] = {
     "better": ("better",),
     "worse": ("worse",),
     "not worse": ("better", "equivalent"),
 }
-_BESIDE: dict[_Shown | None, str] = {
+_BESIDE: dict[Verdict, str] = {
     "better": "above it too",
     "worse": "below it",
     "equivalent": "equivalent to it",
-    None: "not shown to be above it",
+    "undecided": "not shown to be above it",
 }
-_WORTH: dict[Worth, _Shown | None] = {
+_WORTH: dict[Worth, Verdict] = {
     "helps": "better",
     "hurts": "worse",
     "does not matter": "equivalent",
-    "undecided": None,
+    "undecided": "undecided",
 }
 
 
@@ -165,7 +165,7 @@ def _pair_finding(
         return Finding(NOT_TESTABLE, here + control, reason, arm.grid)
     here += f": {_difference(pair)}{control}"
     needed = f"would take about {pair.n_needed} questions if there is no difference"
-    verdict, reason = _judged(task, test.expect, _shown(task, pair), pair, f"equivalence {needed}")
+    verdict, reason = _judged(task, test.expect, pair.verdict, pair, f"equivalence {needed}")
     return Finding(verdict, here, reason, arm.grid)
 
 
@@ -195,7 +195,7 @@ def _control(task: TaskComparison, test: PairTest, arm: ArmResult) -> str:
     note = f". Control, trained without quantization: {_told(controls)}"
     if pair is None:
         return f"{note}, not a stated pair"
-    return f"{note}: {_difference(pair)}, {_BESIDE[_shown(task, pair)]}"
+    return f"{note}: {_difference(pair)}, {_BESIDE[pair.verdict]}"
 
 
 def _stated(task: TaskComparison, arm: str, reference: str) -> PairResult | None:
@@ -209,20 +209,11 @@ def _stated(task: TaskComparison, arm: str, reference: str) -> PairResult | None
     return None
 
 
-def _shown(task: TaskComparison, pair: PairResult) -> _Shown | None:
-    """What the adjusted p-values show of the arm; None if nothing."""
-    if pair.verdict == "undecided":
-        return None
-    p = pair.p_equivalence_holm if pair.verdict == "equivalent" else pair.p_holm
-    alpha = 1 - task.definition.level
-    return pair.verdict if p is None or p < alpha else None
-
-
 def _judged(
-    task: TaskComparison, expect: Expected, shown: _Shown | None, pair: PairResult, needed: str
+    task: TaskComparison, expect: Expected, shown: Verdict, pair: PairResult, needed: str
 ) -> tuple[ClaimVerdict, str]:
     margin = f"±{100 * task.definition.margin:g} points"
-    if shown is None:
+    if shown == "undecided":
         return "undecided", f"neither a difference nor equivalence within {margin}: {needed}"
     verdict: ClaimVerdict = "reproduced" if shown in _SUPPORT[expect] else "contradicted"
     if shown == "equivalent":
@@ -249,10 +240,7 @@ def _ablation_findings(task: TaskComparison, test: AblationTest) -> list[Finding
             found.append(Finding(NOT_TESTABLE, here, reason, ablation.grid))
             continue
         settled = f"telling them apart would take about {ablation.n_to_decide} questions"
-        shown = _WORTH[ablation.verdict]
-        if shown in ("better", "worse") and pair.p_holm >= 1 - task.definition.level:
-            shown = None
-        verdict, reason = _judged(task, "better", shown, pair, settled)
+        verdict, reason = _judged(task, "better", _WORTH[ablation.verdict], pair, settled)
         found.append(Finding(verdict, here, reason + alone, ablation.grid))
     return found
 
