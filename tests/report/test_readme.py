@@ -150,12 +150,20 @@ def test_the_simulation_is_told_as_it_came_out() -> None:
     found = json.loads(file.read_text())
     held = [share for name, share in found["coverage"].items() if "clusters" in name]
     assert all(0.93 <= share <= 0.97 for share in found["coverage"].values())
-    wrong = found["false"]["any pair called better or worse"]["share"]
-    assert wrong <= 0.05
-    assert found["false"]["any arm called equivalent to the baseline"]["share"] <= 0.05
+    different = found["false"]["any pair called better or worse"]
+    equivalent = found["false"]["any arm called equivalent to the baseline"]
+    for row in (different, equivalent):
+        low, high = row["interval"]
+        assert 0 < low <= row["share"] <= high  # with too few questions nothing could be called so
+        assert row["share"] <= 0.05
+    assert equivalent["questions"] == 4000
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"in {100 * min(held):.1f} to {100 * max(held):.1f} % of {found['sets']}" in text
-    assert f"any is called different in {100 * wrong:.1f} %" in text
+    assert f"any is called different in {100 * different['share']:.1f} %" in text
+    told = (
+        f"any is called equivalent in {100 * equivalent['share']:.1f} % when all are a margin worse"
+    )
+    assert told in text
 
 
 def test_the_number_of_pairs_is_the_committed_one() -> None:
