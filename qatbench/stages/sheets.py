@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qatbench.errors import ArtifactError, UsageError
-from qatbench.stages.arms import Arm, Run
+from qatbench.stages.arms import Arm, Run, section
 from qatbench.stages.paired import Scores
 
 QUESTION = "question"  # each resampled by itself
@@ -29,8 +29,8 @@ def line_up(arms: Sequence[Arm], *, intersection: bool, cluster: str = QUESTION)
     """Line up the questions of every task that the arms share.
 
     `cluster` names the field of `Prediction.meta` whose value questions have in common that are
-    resampled together; a question without one stands alone. The passes of a circular question that
-    are counted apart (`pass_of`) are resampled together whatever else is.
+    resampled together; a question without one stands alone. Passes of a circular question that are
+    counted apart (`pass_of`) are resampled together where the field says nothing else.
 
     Raises: ArtifactError if tasks, questions or gold answers differ and not `intersection`, if
         nothing is shared, or if two runs state different values of the field for a question;
@@ -90,7 +90,7 @@ def _clusters(
         no question shows one; ArtifactError as `_stated`.
     """
     passes = _stated(runs, task, keys, "pass_of")
-    values = {} if cluster == QUESTION else _stated(runs, task, keys, cluster)
+    values = {} if cluster == QUESTION else _values(runs, task, keys, cluster)
     if cluster != QUESTION and not values and not _without_pictures(runs, task, keys, cluster):
         rows = [row for run in runs for key in keys for row in run.units[task][key]]
         known = sorted({name for row in rows for name in row.meta})
@@ -108,6 +108,14 @@ def _clusters(
         told = f" ({lacking} of {len(keys)} questions state none: each {alone})"
         words = f"{cluster}{told if lacking else ''}"
     return tuple(ids) if len(set(ids)) < len(ids) else None, words
+
+
+def _values(runs: Sequence[Run], task: str, keys: Sequence[str], cluster: str) -> dict[str, Any]:
+    """`_stated`, of the questions' own pictures where another run was shown others' (a control)."""
+    shuffled = [section(run.provenance, "spec").get("images") == "shuffled" for run in runs]
+    own = [run for run, swapped in zip(runs, shuffled, strict=True) if not swapped]
+    found = _stated(own, task, keys, cluster) if cluster == "image" else {}
+    return found or _stated(runs, task, keys, cluster)
 
 
 def _stated(runs: Sequence[Run], task: str, keys: Sequence[str], field: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,19 @@ def test_runs_that_disagree_are_refused(tmp_path: Path, field: str, how: dict[st
     assert f"question 7 has {field} '0' in {tmp_path / 'base'} and 'else'" in told
     assert str(tmp_path / "arm") in told
     assert caught.value.hint is not None
+
+
+def test_a_control_with_shuffled_pictures_does_not_disagree(tmp_path: Path) -> None:
+    base = run(tmp_path / "base", pattern(N, N), tens("image"))
+    shuffled = [{"image": f"{(k // 10 + 1) % 10}"} for k in range(N)]
+    arm = run(tmp_path / "arm", LOST, shuffled)
+    (arm / "provenance.json").write_text(json.dumps({"spec": {"images": "shuffled"}}))
+    for runs, baseline in (([arm], base), ([base], arm)):
+        pair = compare(runs, baseline, draws=1000, cluster="image").tasks[0].pairs[0]
+        ends = (pair.low, pair.high) if baseline == base else (-pair.high, -pair.low)
+        assert ends == pytest.approx(drawn([k // 10 for k in range(N)]))
+    alone = compare([], arm, draws=1000, cluster="image").tasks[0]  # no other run: its own do
+    assert alone.definition.cluster == "image"
 
 
 def test_clusters_bear_on_the_p_of_single_seeds() -> None:
