@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from qatbench.report.placing import Box, Name, Spot, place
 from qatbench.report.svg import GREY, LOOKS, shown_name
 from qatbench.report.tables import duration
 
@@ -12,15 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.transforms import Bbox
+    from matplotlib.text import Annotation
 
     from qatbench.report.pareto import Panel, Point
 
 _TICKS = (0.1, 1, 10, 60, 600, 3600, 36_000, 360_000, 3_600_000)  # s
-_PLACES = ((4, 3, "left", "bottom"), (4, -3, "left", "top"), (-4, 3, "right", "bottom"),
-           (-4, -3, "right", "top"), (4, 12, "left", "bottom"), (4, -12, "left", "top"),
-           (-4, 12, "right", "bottom"), (-4, -12, "right", "top"))  # fmt: skip
-_REACH = 3.0  # points around a marker that a name keeps away from
 
 
 def draw_panel(axes: Axes, panel: Panel) -> None:
@@ -56,8 +54,11 @@ def _seconds(axes: Axes, points: Sequence[Point]) -> None:
         axes.set_xlim(left=-0.25 * least)
     elif most > 3 * least:
         axes.set_xscale("log")
-    ticks = [0.0] * (len(made) < len(points))
-    ticks += [tick for tick in _TICKS if least / 1.5 <= tick <= most * 1.5]
+    ticks = [tick for tick in _TICKS if least / 1.5 <= tick <= most * 1.5] or [least]
+    if len(made) == len(points) and len(ticks) < 2:
+        axes.xaxis.set_major_formatter("{x:g} s")
+        return
+    ticks = [0.0] * (len(made) < len(points)) + ticks
     axes.set_xticks(ticks, ["nothing" if tick == 0 else duration(tick) for tick in ticks])
     axes.minorticks_off()
 
@@ -72,48 +73,67 @@ def front_keys(panels: Sequence[Panel]) -> list[Line2D]:
 
 
 def name_points(figure: Figure, axes: Axes, panel: Panel) -> None:
-    """Name the arms on the front, or all where no front is told, each where nothing else lies."""
+    """Name the arms on the front, or all where no front is told, each where nothing else lies.
+
+    A name for which the panel has no room is left out, and the panel says so.
+    """
     named = panel.front if panel.comparable else list(panel.points)
+    named = sorted(named, key=lambda point: -point.arm.accuracy)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
-    frame = axes.get_window_extent(renderer)
-    taken = [_around(axes, point) for point in panel.points]
-    for point in sorted(named, key=lambda p: -p.arm.accuracy):
-        label = axes.annotate(
-            shown_name(point.arm.name), (point.x, 100 * point.arm.accuracy),
-            textcoords="offset points", xytext=(0, 0), fontsize=7,
-            color=LOOKS[point.arm.family].colour,
-        )  # fmt: skip
-        best: tuple[float, int] | None = None
-        for k, (x, y, across, up) in enumerate(_PLACES):
-            label.set(position=(x, y), horizontalalignment=across, verticalalignment=up)
-            box = label.get_window_extent(renderer)
-            cost = _overlap(box, taken) + 1e4 * (not _inside(box, frame))
-            if best is None or cost < best[0]:
-                best = cost, k
-        assert best is not None
-        x, y, across, up = _PLACES[best[1]]
-        label.set(position=(x, y), horizontalalignment=across, verticalalignment=up)
-        taken.append(label.get_window_extent(renderer))
+    labels = [_label(axes, point) for point in named]
+    sizes = [label.get_window_extent(renderer) for label in labels]
+    spots = [_spot(axes, point) for point in named]
+    places = place(
+        [Name(spot, box.width, box.height) for spot, box in zip(spots, sizes, strict=True)],
+        Box(*axes.get_window_extent(renderer).extents),
+        [_spot(axes, point) for point in panel.points],
+        _steps(axes, panel),
+    )
+    for label, (x, y), placed in zip(labels, spots, places, strict=True):
+        if placed is None:
+            label.remove()
+            continue
+        label.set_position((placed.box.x0 - x, placed.box.y0 - y))
+        if placed.leader:
+            _draw_leader(axes, label, placed.leader)
+    if missing := places.count(None):
+        axes.set_xlabel(f"{panel.label}; no room to name {missing} more")
 
 
-def _around(axes: Axes, point: Point) -> Bbox:
-    from matplotlib.transforms import Bbox
+def _label(axes: Axes, point: Point) -> Annotation:
+    """The name, its lower left corner at the point."""
+    return axes.annotate(
+        shown_name(point.arm.name), (point.x, 100 * point.arm.accuracy), xytext=(0, 0),
+        textcoords="offset points", fontsize=7, color=LOOKS[point.arm.family].colour,
+        horizontalalignment="left", verticalalignment="bottom",
+    )  # fmt: skip
 
+
+def _draw_leader(axes: Axes, label: Annotation, leader: tuple[Spot, Spot]) -> None:
+    from matplotlib.transforms import IdentityTransform
+
+    (x0, y0), (x1, y1) = leader
+    axes.plot(
+        [x0, x1], [y0, y1], transform=IdentityTransform(), color=label.get_color(), linewidth=0.5,
+        alpha=0.8, zorder=2,
+    )  # fmt: skip
+
+
+def _spot(axes: Axes, point: Point) -> Spot:
+    """Where a point is drawn: points of the figure, as its dpi is 72."""
     x, y = axes.transData.transform((point.x, 100 * point.arm.accuracy))
-    return Bbox.from_extents(x - _REACH, y - _REACH, x + _REACH, y + _REACH)
+    return float(x), float(y)
 
 
-def _overlap(box: Bbox, others: Sequence[Bbox]) -> float:
-    shared = 0.0
-    for other in others:
-        width = min(box.x1, other.x1) - max(box.x0, other.x0)
-        height = min(box.y1, other.y1) - max(box.y0, other.y0)
-        shared += max(0.0, width) * max(0.0, height)
-    return shared
-
-
-def _inside(box: Bbox, frame: Bbox) -> bool:
-    across = frame.x0 <= box.x0 and box.x1 <= frame.x1
-    return bool(across and frame.y0 <= box.y0 and box.y1 <= frame.y1)
+def _steps(axes: Axes, panel: Panel) -> list[Box]:
+    """The front's level and upright stretches."""
+    found = []
+    spots = [_spot(axes, point) for point in panel.front]
+    for (x0, y0), (x1, y1) in pairwise(spots):
+        corner = (x0, y1) if panel.kind == "speed" else (x1, y0)
+        for x, y in ((x0, y0), (x1, y1)):
+            across, up = sorted((x, corner[0])), sorted((y, corner[1]))
+            found.append(Box(across[0], up[0], across[1], up[1]))
+    return found

@@ -57,6 +57,23 @@ def test_costs_of_unlike_devices_are_not_compared() -> None:
     assert cost.label.endswith("not to be compared")
 
 
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        ((100.0, 110.0), ["100 s", "110 s"]),  # between two ticks of the usual ones
+        ((5.0, 1000.0), ["10 s", "60 s", "10 min"]),
+        ((130.0, 140.0, 0.0), ["nothing", "2 min"]),
+    ],
+)
+def test_an_axis_of_costs_always_has_ticks(seconds: tuple[float, ...], told: list[str]) -> None:
+    arms = [
+        arm.model_copy(update={"making_seconds": time, "device": "cpu"})
+        for arm, time in zip((GPTQ, GRACE, BASE), seconds, strict=False)
+    ]
+    svg = pareto.draw(comparison(None, *arms).tasks[0])
+    assert [text for text in told if f">{text}</text>" not in svg] == []
+
+
 def test_what_a_comparison_no_longer_has_is_removed(tmp_path: Path) -> None:
     write(case(), tmp_path)
     old = tmp_path / "figures" / "pareto-other.svg"
