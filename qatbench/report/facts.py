@@ -10,25 +10,25 @@ from qatbench.report.verdict import margin_words
 
 
 def definition_facts(task: TaskComparison, baseline: str) -> dict[str, str]:
-    """Name -> value, with `code` around what is a name."""
+    """Name -> value, `code` around names; both report.md and report.html draw this list."""
     definition = task.definition
     searched = [arm.name for arm in task.arms if arm.leakage]
     facts = {
         "recipe": f"`{definition.recipe}`" if definition.recipe else "",
         "model": ", ".join(f"`{name}`" for name in definition.model),
         "baseline": f"`{baseline}`",
-        "questions": questions(definition),
-        "images": "" if definition.images == ("shown",) else setting(definition.images),
-        "data, SHA-256": by_name(definition.data),
-        "leakage": f"searched for: {named(searched)}" if searched else "",
-        "protocol": setting(definition.protocol),
-        "mode": setting(definition.mode),
-        "prompt form": setting(definition.prompt_form),
-        "dtype": setting(definition.dtype),
-        "kernel": setting(definition.kernel),
-        "device": setting(definition.device),
-        "batch": setting(definition.batch),
-        "versions": by_name(definition.versions),
+        "questions": _questions(definition),
+        "images": "" if definition.images == ("shown",) else _setting(definition.images),
+        "data, SHA-256": _by_name(definition.data),
+        "leakage": f"searched for, see Notes: {named(searched)}" if searched else "",
+        "protocol": _setting(definition.protocol),
+        "mode": _setting(definition.mode),
+        "prompt form": _setting(definition.prompt_form),
+        "dtype": _setting(definition.dtype),
+        "kernel": _setting(definition.kernel),
+        "device": _setting(definition.device),
+        "batch": _setting(definition.batch),
+        "versions": _by_name(definition.versions),
         "seeds": "; ".join(f"`{a}` {', '.join(map(str, s))}" for a, s in definition.seeds.items()),
         "margin of equivalence": f"{margin_words(definition)} points",
         "intervals": f"{100 * definition.level:g} %; bootstrap of {definition.bootstrap_draws}"
@@ -37,7 +37,7 @@ def definition_facts(task: TaskComparison, baseline: str) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def questions(definition: Definition) -> str:
+def _questions(definition: Definition) -> str:
     """How many, and which were left out."""
     told = f"{definition.n}{' (text only)' if definition.text_only else ''}"
     if definition.intersection:
@@ -60,11 +60,11 @@ def named(arms: Sequence[str]) -> str:
     return ", ".join(f"`{arm}`" for arm in arms)
 
 
-def setting(values: Setting) -> str:
+def _setting(values: Setting) -> str:
     """The value that all arms share, or those that differ."""
     return " | ".join(values) or UNKNOWN
 
 
-def by_name(settings: Mapping[str, Setting]) -> str:
+def _by_name(settings: Mapping[str, Setting]) -> str:
     """Each name with its setting."""
-    return ", ".join(f"{k} {setting(v)}" for k, v in settings.items()) or UNKNOWN
+    return ", ".join(f"{k} {_setting(v)}" for k, v in settings.items()) or UNKNOWN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qatbench.report import ablations, changes, claims, figures, recovery, tables, training
-from qatbench.report.facts import by_name, named, notes, questions, setting
+from qatbench.report.facts import definition_facts, named, notes
 from qatbench.report.model import Comparison, TaskComparison
 from qatbench.report.verdict import decisions, margin_words, verdict
 
@@ -129,24 +129,5 @@ def _task_parts(comparison: Comparison, task: TaskComparison) -> list[str]:
 
 
 def _definition(task: TaskComparison, baseline: str) -> str:
-    definition = task.definition
-    searched = [arm.name for arm in task.arms if arm.leakage]
-    facts = {
-        "baseline": f"`{baseline}`",
-        "questions": questions(definition),
-        **({} if definition.images == ("shown",) else {"images": setting(definition.images)}),
-        "data": by_name(definition.data),
-        **({"leakage": f"searched for, see Notes: {named(searched)}"} if searched else {}),
-        "protocol": setting(definition.protocol),
-        "mode": setting(definition.mode),
-        "prompt form": setting(definition.prompt_form),
-        "dtype": setting(definition.dtype),
-        **({"kernel": setting(definition.kernel)} if definition.kernel else {}),
-        "device": setting(definition.device),
-        "batch": setting(definition.batch),
-        "versions": by_name(definition.versions),
-        "seeds": "; ".join(f"{a} {', '.join(map(str, s))}" for a, s in definition.seeds.items()),
-        "margin": f"{margin_words(definition)} points",
-        "bootstrap": f"{definition.bootstrap_draws} draws, seed {definition.bootstrap_seed}",
-    }
+    facts = definition_facts(task, baseline)
     return "\n".join(f"- {name}: {value}" for name, value in facts.items())
