@@ -40,7 +40,7 @@ def compare_command(
     """Compare runs question by question; write comparison.json, report.html, report.md, tables.
 
     With --data the gallery of report.html shows questions and pictures: for your own eyes where
-    the data may not be passed on.
+    the data may not be passed on. Of the built-in data (mini) it always does.
 
     Example: qatbench compare out/base out/gptq --baseline out/base --out out/comparison
     """

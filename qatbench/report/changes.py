@@ -32,6 +32,8 @@ ln 2, where the gold option is less than twice as likely as the next, "clear" ab
 over the group's questions, not adjusted for the number of groups: of twenty without any change \
 one may stand clear of 0."""
 
+UNSCORED = "The options were not scored: KL and margins are not known."
+
 _MATRIX_AT_MOST = 12  # arms
 _CATEGORIES, _CATEGORY_AT_LEAST = 8, 20  # rows of a table; questions
 _NEAR, _CLEAR = math.log(2), math.log(10)  # nats of margin
@@ -89,6 +91,8 @@ def agreement_rows(task: TaskComparison) -> list[Row]:
 def section(comparison: Comparison, task: TaskComparison) -> str:
     """Say in words what changed, then the tables; "" where nothing is known."""
     told = "\n".join(f"- {sentences}" for sentences in _in_words(comparison, task))
+    if told and not any(change.divergence for change in task.changes):
+        told += f"\n- {UNSCORED}"
     rows = of_task(change_rows(comparison), task.definition.task)
     parts = [told, markdown_table(rows, _TITLES)]
     parts += [part for change in _contests(task) for part in _by_group(change)]

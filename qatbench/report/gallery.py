@@ -66,6 +66,20 @@ class Wall(NamedTuple):
     gained: tuple[Card, ...]
     missing: int  # pictures whose file cannot be read
 
+    @property
+    def filled(self) -> bool:
+        """Whether its questions were handed over."""
+        return any(card.question for card in (*self.lost, *self.gained))
+
+    @property
+    def order(self) -> str:
+        """How the cards are sorted, where scores do not say it of all; else ""."""
+        unknown = [flip.margin is None or flip.reference_margin is None
+                   for flip in self.changes.flips]  # fmt: skip
+        if all(unknown):
+            return "Their options were not scored: without margins they stand in the order of ids."
+        return "Those that were not scored come last, in the order of ids." if any(unknown) else ""
+
 
 def walls(changes: Sequence[Changes], task: str, gallery: Gallery | None) -> list[Wall]:
     """The pairs whose flips are kept, in their order; without `gallery`, of ids and letters."""

@@ -56,6 +56,7 @@ class _Block(NamedTuple):
     changed: cells.Table | None  # of the pairs that the verdict is about
     walls: list[Wall]
     unfolded: Wall | None  # of the pair in which most changed
+    scored: bool  # whether any pair has KL and margins
     sections: list[Section]
     facts: dict[str, str]
 
@@ -103,7 +104,6 @@ def render(
             if path not in placed and path != TRAINING_FIGURE
         ],
         margin=margin_words(first),
-        filled=bool(gallery),
         method=method(comparison),
         any_flips=any(block.walls for block in blocks),
         warned=sum(len(task.warnings) for task in comparison.tasks),
@@ -155,6 +155,7 @@ def _block(
             key=lambda wall: wall.changes.lost + wall.changes.gained,
             default=None,
         ),
+        scored=any(change.divergence for change in task.changes),
         sections=sections(comparison, task),
         facts=definition_facts(task, comparison.baseline),
     )

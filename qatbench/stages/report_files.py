@@ -60,8 +60,8 @@ def write(
 
     Each file is replaced whole or not at all; a table or figure that this comparison does not have
     is removed. All of it follows from the comparison; only the gallery of report.html takes
-    questions from `paths`, which says where a task's data lie (None and a task that is not in it:
-    ids and letters alone).
+    questions from `paths`, which says where a task's data lie, and from the built-in data. Of other
+    tasks it holds ids and letters alone.
 
     Returns: the paths written, in that order.
     """

@@ -15,7 +15,7 @@ from scipy.stats import entropy
 
 from qatbench import stats
 from qatbench.records import Prediction
-from qatbench.report.changes import agreement_rows, change_rows, group_rows, section
+from qatbench.report.changes import UNSCORED, agreement_rows, change_rows, group_rows, section
 from qatbench.report.details import Agreement, Changes, GroupChange
 from qatbench.report.model import Comparison, TaskComparison
 from qatbench.stages import answers
@@ -466,6 +466,9 @@ def test_without_scores_nothing_is_said_of_distributions(tmp_path: Path) -> None
     text = section(comparison, comparison.tasks[0])
     assert "nats" not in text
     assert "| 86.7 | - | - | - | - |" in text
+    assert f"\n- {UNSCORED}\n" in text
+    scored = told(tmp_path / "scored")
+    assert UNSCORED not in section(scored, scored.tasks[0])
 
 
 def test_a_kind_of_one_group_and_small_categories_are_not_shown(tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ from qatbench.errors import ArtifactError
 from qatbench.records import Question
 from qatbench.report import cards, cells, drawings, gallery
 from qatbench.report.html import render
-from qatbench.report.model import Comparison
+from qatbench.report.model import Comparison, TaskComparison
 from qatbench.report.prose import prose
 from qatbench.report.verdict import decisions
-from qatbench.stages.gallery import load
+from qatbench.stages.gallery import built_in, load
+from qatbench.tasks import selector
 
 VOID = {"meta", "link", "img", "br", "input", "wbr"}
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9">{}</svg>'
@@ -71,7 +72,7 @@ def everything() -> Comparison:
 
 @cache
 def filled() -> Page:
-    return Page(render(everything(), gallery=load(everything(), {"scienceqa": "mini"})))
+    return Page(render(everything(), gallery=load(everything(), {})))
 
 
 @cache
@@ -248,14 +249,16 @@ def test_without_data_the_gallery_holds_ids_and_letters() -> None:
 def test_with_data_the_gallery_shows_questions_and_pictures() -> None:
     page = filled()
     questions = page.text("flip", "question")
-    known = load(everything(), {"scienceqa": "mini"})
-    flips = [f for c in everything().tasks[0].changes for f in c.flips]
-    assert flips
-    assert all(known["scienceqa", flip.id].text.split("\n")[0] in questions for flip in flips)
-    assert len(page.values("src")) == sum(
-        known["scienceqa", flip.id].image is not None for flip in flips
-    )
+    known = load(everything(), {"scienceqa": "mini", "mmbench": "mini"})
+    flips = [(t.definition.task, f.id) for t in everything().tasks for c in t.changes
+             for f in c.flips]  # fmt: skip
+    assert len({task for task, _ in flips}) == 2
+    assert all(" ".join(known[flip].text.split()) in questions for flip in flips)
+    assert len(page.values("src")) == sum(known[flip].image is not None for flip in flips)
     assert not page.text("fill")
+    some = {key: question for key, question in known.items() if key[0] == "mmbench"}
+    assert Page(render(everything(), gallery=some)).text("fill").count("Ids and letters only") == 1
+    assert bare().text("fill").count("Ids and letters only") == 2
 
 
 def picture(size: tuple[int, int]) -> bytes:
@@ -295,7 +298,6 @@ def test_the_gallery_is_of_the_data_that_were_answered() -> None:
     ids = {(t.definition.task, f.id) for t in case.tasks for c in t.changes for f in c.flips}
     assert known.keys() == ids
     assert all(known[key].id == key[1] for key in ids)
-    assert not load(case, {})
 
     def spoilt(**update: str) -> Comparison:
         task = case.tasks[0]
@@ -309,6 +311,55 @@ def test_the_gallery_is_of_the_data_that_were_answered() -> None:
     gold = "A" if case.tasks[0].changes[-1].flips[0].gold != "A" else "B"
     with pytest.raises(ArtifactError, match=r"has the answer . there"):
         load(spoilt(gold=gold), {"scienceqa": "mini"})
+
+
+def test_built_in_questions_need_no_path() -> None:
+    """They are told by their digests: of all, or of as many as were asked."""
+    case = everything()
+    assert load(case, {}) == load(case, {"scienceqa": "mini", "mmbench": "mini"})
+    task = case.tasks[0]
+
+    def asked(n: int, *digests: str) -> str | None:
+        data = {"scienceqa:test": digests}
+        definition = task.definition.model_copy(update={"n": n, "data": data})
+        return built_in(task.model_copy(update={"definition": definition}))
+
+    questions = selector.load(selector.parse("scienceqa:test"), {"scienceqa": "mini"})
+    whole, part = (selector.digest(selector.limit(questions, n)) for n in (2400, 600))
+    text = selector.load(selector.parse("scienceqa:test"), {"scienceqa": "mini-text"})
+    assert asked(2400, whole) == asked(600, part) == "mini"
+    assert asked(600, selector.digest(text)) == "mini-text"
+    assert asked(599, part) is asked(2400, "0" * 64) is asked(2400, whole, part) is None
+    assert built_in(task.model_copy(update={"changes": ()})) is None  # nothing to show
+
+
+def test_flips_without_scores_say_how_they_are_sorted() -> None:
+    case = everything()
+    assert not filled().text("order")
+
+    def unscored(task: TaskComparison, kept: int) -> TaskComparison:
+        """The task without margins but of the first `kept` flips of a pair."""
+        none = {"margin": None, "reference_margin": None}
+        changes = [
+            change.model_copy(
+                update={
+                    "divergence": None,
+                    "flips": tuple(flip if k < kept else flip.model_copy(update=none)
+                                   for k, flip in enumerate(change.flips)),
+                }
+            )
+            for change in task.changes
+        ]  # fmt: skip
+        return task.model_copy(update={"changes": tuple(changes)})
+
+    for kept, told in ((0, "without margins they stand in the order of ids"), (1, "come last")):
+        tasks = tuple(unscored(task, kept) for task in case.tasks)
+        page = Page(render(case.model_copy(update={"tasks": tasks})))
+        walls = [kind for _, kind in page.elements if "wall" in (kind.get("class") or "").split()]
+        assert page.text("order").count(told) > 0
+        assert page.text("order").count("order of ids") == len(walls)
+        assert bool(page.text("margins")) == bool(kept)
+        assert "so that KL and margins are not known" in page.text("note")
 
 
 def test_figures_share_a_page() -> None:
