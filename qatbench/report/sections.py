@@ -10,6 +10,8 @@ from qatbench.report.details import Changes
 from qatbench.report.facts import notes
 from qatbench.report.model import Comparison, TaskComparison
 
+LENGTHY = 100  # rows of a part, all tables together
+
 
 class Section(NamedTuple):
     """A title that unfolds to a text, in the marks of `prose`, and tables below it."""
@@ -20,6 +22,11 @@ class Section(NamedTuple):
     text: str = ""
     about: str = ""  # what is inside, beside the title
     unfolded: bool = False
+
+    @property
+    def lengthy(self) -> bool:
+        """Whether it would take pages: it is printed only if the reader has unfolded it."""
+        return sum(len(table.rows) for table in self.tables if table) > LENGTHY
 
 
 def sections(comparison: Comparison, task: TaskComparison) -> list[Section]:

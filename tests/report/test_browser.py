@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -182,3 +183,68 @@ def test_parts_unfold_by_keyboard_and_by_links(chromium: Any, page: Path) -> Non
     chromium.execute_script("location.hash = 'task-1-pairs'")
     chromium.execute_async_script("requestAnimationFrame(arguments[0])")
     assert part.get_attribute("open") == "true"
+
+
+@pytest.fixture
+def paper(chromium: Any, page: Path) -> Iterator[Any]:
+    """The page as it is laid out on A4 (186 mm between the margins), on a dark screen."""
+    browser.show(chromium, page, 703, 1000, "dark")
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": [
+        {"name": "prefers-color-scheme", "value": "dark"}]})  # fmt: skip
+    chromium.execute_script("dispatchEvent(new Event('beforeprint'))")
+    yield chromium
+    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def test_paper_is_light_and_nothing_sticks_or_is_cut(paper: Any) -> None:
+    look = "getComputedStyle(document.querySelector('%s')).%s"
+    assert paper.execute_script(f"return {look % ('body', 'backgroundColor')}") == (
+        "rgb(255, 255, 255)"
+    )
+    assert paper.execute_script(f"return {look % ('body', 'color')}") == "rgb(28, 33, 40)"
+    stuck = paper.execute_script(
+        "return [...document.querySelectorAll('main *')]"
+        ".filter(e => getComputedStyle(e).position === 'sticky').length"
+    )
+    assert stuck == 0
+    assert paper.execute_script(f"return {look % ('nav.contents', 'display')}") == "none"
+    cut = paper.execute_script(
+        "return [...document.querySelectorAll('main table, main figure, main .flip, .card *')]"
+        ".filter(e => e.getBoundingClientRect().right > document.querySelector('main')"
+        ".getBoundingClientRect().right + 1 && !e.closest('.unseen'))"
+        ".map(e => e.outerHTML.slice(0, 80))"
+    )
+    assert cut == []
+    scrolls = paper.execute_script(
+        "return [...document.querySelectorAll('.scroll')]"
+        ".filter(e => getComputedStyle(e).overflowX !== 'visible').length"
+    )
+    assert scrolls == 0
+
+
+def test_a_tables_head_is_printed_again_on_each_page(paper: Any) -> None:
+    """A button in it would be left blank there."""
+    shown = paper.execute_script(
+        "return [...new Set([...document.querySelectorAll('thead button')]"
+        ".map(e => getComputedStyle(e).display))]"
+    )
+    assert shown == ["contents"]
+    pdf = paper.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True})
+    assert base64.b64decode(pdf["data"]).startswith(b"%PDF")
+
+
+def test_what_takes_pages_is_printed_as_the_reader_left_it(paper: Any) -> None:
+    def folded() -> list[str]:
+        classes: list[str] = paper.execute_script(
+            "return [...document.querySelectorAll('details:not([open])')].map(e => e.className)"
+        )
+        return classes
+
+    assert {kind for names in folded() for kind in names.split()} <= {
+        "part", "wall", "lengthy", "more", "full", "hint",
+    }  # fmt: skip
+    assert not [names for names in folded() if names == "part"]
+    walls = paper.execute_script("return [...document.querySelectorAll('.wall')].map(e => e.open)")
+    assert 0 < sum(walls) < len(walls)
+    paper.execute_script("dispatchEvent(new Event('afterprint'))")
+    assert "part" in folded()  # folded again

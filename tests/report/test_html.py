@@ -23,6 +23,7 @@ from qatbench.report import cards, cells, drawings, gallery
 from qatbench.report.html import render
 from qatbench.report.model import Comparison, TaskComparison
 from qatbench.report.prose import prose
+from qatbench.report.sections import LENGTHY, Section, sections
 from qatbench.report.verdict import decisions
 from qatbench.stages.gallery import built_in, load
 from qatbench.tasks import selector
@@ -451,3 +452,15 @@ def test_the_templates_come_with_the_package() -> None:
     root = Path(__file__).resolve().parents[2]
     told = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     assert "templates/*" in told["tool"]["setuptools"]["package-data"]["qatbench.report"]
+
+
+def test_a_part_of_many_rows_is_lengthy() -> None:
+    task = everything().tasks[0]
+    long = {part.title: part.lengthy for part in sections(everything(), task)}
+    assert long["Seed by seed"] is False
+    rows = [["a"]] * (LENGTHY + 1)
+    many = cells.table("many", [{"arm": row[0]} for row in rows])
+    few = cells.table("few", [{"arm": row[0]} for row in rows[1:]])
+    assert Section("t", "a", [many]).lengthy
+    assert not Section("t", "a", [few, None]).lengthy
+    assert Section("t", "a", [few, few]).lengthy

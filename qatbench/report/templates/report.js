@@ -51,10 +51,10 @@ const unfold = () => {
 addEventListener("hashchange", unfold);
 if (location.hash) unfold();
 
-// On paper nothing is folded but the gallery's tail.
+// On paper parts are unfolded, but for what takes pages or says a thing twice: as the reader left it.
 let folded = [];
 addEventListener("beforeprint", () => {
-  folded = [...document.querySelectorAll("details:not([open]):not(.more)")];
+  folded = [...document.querySelectorAll("details:not([open], .more, .wall, .lengthy, .hint, .full)")];
   for (const part of folded) part.open = true;
 });
 addEventListener("afterprint", () => {
