@@ -99,7 +99,7 @@ class CheckpointFacts(Record):
 
     method: str | None = None  # base, sft, kd, rtn, gptq, awq, autoround, qat, grace
     bits: int | None = None  # of the language model's linears
-    group_size: int | None = None
+    group_size: int | None = None  # weights that share a scale
     label: str | None = None  # what the weights really are, e.g. "dequantized from Q4_1"
     checkpoint_bytes: int | None = None  # on disk, all files
     bits_per_weight: float | None = None  # of the language model's linears, scales included
@@ -126,8 +126,8 @@ class ArmResult(CheckpointFacts):
     right: tuple[int, ...]  # per seed
     accuracies: tuple[float, ...]  # per seed: right / n
     accuracy: float  # mean over seeds
-    low: float  # 95 % Wilson interval of n questions around the mean accuracy. With several seeds
-    high: float  # it still has the width of one seed's n: the same questions were asked again
+    low: float  # 95 % Wilson interval of n questions around the mean accuracy
+    high: float  # with several seeds as wide as with one: the same questions were asked again
     spread: float | None  # standard deviation over seeds (n - 1); None with one seed
     chance: float | None  # accuracy of a uniform guess; None where the options were not recorded
     unparsed: tuple[int, ...]  # rows per seed, as the two below

@@ -138,9 +138,31 @@ def test_tables_and_figures_are_what_make_results_makes() -> None:
 
 
 def test_the_page_of_the_schema_is_made_from_the_models() -> None:
-    page = module("schema_doc").page()
+    made = module("schema_doc")
+    page = made.page()
     assert (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8") == page
-    assert "| `low` | `float` | 95 % Wilson interval of n questions" in page
+    assert "| `low` | number | fraction | 95 % Wilson interval of n questions" in page
+    assert "| `making_seconds` | number or null | seconds | mean over seeds" in page
+    assert "| `mean` | number | nats |  |" in page  # of Divergence
+    assert "| `mean` | array of (number or null) | that of the term |" in page  # of Curve
+    assert "| `verdict` | string: `equivalent`, `better`, `worse`, `undecided` |  | by" in page
+
+
+def test_every_number_of_the_schema_has_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = module("schema_doc")
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| .*\|$", made.page(), re.MULTILINE)
+    assert len(rows) > 130
+    for field, kind, unit in rows:
+        assert bool(unit) == bool(re.search(r"\b(number|integer)\b", kind)), field
+    known = {field for field, _, unit in rows if unit}
+    named = {name.rsplit(".", 1)[-1] for names in made.UNITS.values() for name in names.split()}
+    assert named == known  # none is of a field that there no longer is
+    links = re.findall(r"\]\(#(\w+)\)", made.page())
+    headings = re.findall(r"^## (\w+)$", made.page(), re.MULTILINE)
+    assert set(links) <= {heading.lower() for heading in headings}
+    monkeypatch.delitem(made._UNIT_OF, "p_holm")
+    with pytest.raises(SystemExit, match=r"PairResult\.p_holm is a number without a unit"):
+        made.page()
 
 
 def test_the_simulation_is_told_as_it_came_out() -> None:
