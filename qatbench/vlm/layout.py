@@ -185,6 +185,12 @@ def text_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     return defaults | text if text.get("model_type", kind) == kind else text
 
 
+def most_positions(config: Mapping[str, Any]) -> int | None:
+    """Tokens that the language model has positions for; None where its config does not say."""
+    most = text_sizes(config).get("max_position_embeddings")
+    return None if most is None else int(most)
+
+
 def linear_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """(out, in) features of every linear that is quantized, by its name in memory.
 
