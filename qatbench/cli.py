@@ -42,7 +42,7 @@ from qatbench.cli_show import (
     comparison_result,
     dry_run_result,
 )
-from qatbench.cli_speed import ask_command
+from qatbench.cli_speed import ask_command, speed_command
 from qatbench.cli_train import train_command
 from qatbench.cli_verify import verify_command
 from qatbench.errors import QatbenchError, UsageError
@@ -73,6 +73,7 @@ app.command("card")(card_command)
 app.command("doctor")(doctor_command)
 app.command("eval")(eval_command)
 app.command("compare")(compare_command)
+app.command("speed")(speed_command)
 app.command("ask")(ask_command)
 app.command("score")(score_command)
 app.command("protocols")(protocols_command)

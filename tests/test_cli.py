@@ -20,7 +20,7 @@ from qatbench.tasks import selector
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = (
     "quantize", "train-qat", "verify", "eval", "compare", "run", "tune", "card", "doctor", "score",
-    "protocols", "ask",
+    "protocols", "speed", "ask",
 )  # fmt: skip
 WORDS = {
     "quantize": ["MODEL", "--method", "--bits", "--group-size", "--calib", "--out", "--json"],
@@ -33,6 +33,16 @@ WORDS = {
     "card": ["CHECKPOINT", "RUNS", "--json"],
     "score": ["ANSWERS", "--task", "--protocol", "--data", "--split", "--out", "--json"],
     "protocols": ["NAME", "--json"],
+    "speed": [
+        "MODEL",
+        "--engine",
+        "--batch",
+        "--context",
+        "--repeats",
+        "--task",
+        "--out",
+        "--json",
+    ],
     "ask": ["MODEL", "QUESTION", "--image", "--max-new-tokens", "--engine", "--dtype", "--json"],
     "doctor": ["--model", "--method", "--teacher", "--batch-size", "--length", "--data", "--json"],
 }

@@ -19,6 +19,7 @@ LEVELS = {
     "recipe": 1,
     "recipe_file": 1,
     "records": 1,
+    "records_speed": 1,
     "ui": 2,
     "store": 2,
     "stats": 2,
@@ -36,13 +37,14 @@ LEVELS = {
 }
 BESIDE = {
     ("recipe_file", "recipe"),  # inside a level: a file and what it holds
+    ("records_speed", "records"),
     ("stats", "stats_resample"),
     ("tasks", "mini"),  # `--data mini`: inside a function, for the folder of the built-in questions
     ("mini", "vlm"),
     ("engine", "vlm"),
 }
-WITHOUT_TORCH = ("errors", "recipe", "recipe_file", "records", "ui", "store", "stats",
-                 "stats_resample", "tasks", "report")  # fmt: skip
+WITHOUT_TORCH = ("errors", "recipe", "recipe_file", "records", "records_speed", "ui", "store",
+                 "stats", "stats_resample", "tasks", "report")  # fmt: skip
 LIGHT_MODULES = (
     "qatbench.cli",
     "qatbench.ui",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from qatbench.engine.runner import Runner
-from qatbench.errors import UsageError
+from qatbench.errors import PrerequisiteError, UsageError
 from qatbench.vlm.load import ModelFolder
 
 ENGINES = ("transformers", "qatbench")
@@ -39,6 +39,12 @@ def load(
         model on this device; what loading a model raises.
     """
     check([engine])
-    module = importlib.import_module(_MODULES[engine])
+    try:
+        module = importlib.import_module(_MODULES[engine])
+    except ModuleNotFoundError as error:
+        raise PrerequisiteError(
+            f"the engine {engine} needs the module {error.name}, which is not here",
+            hint="--engine transformers",
+        ) from error
     runner: Runner = module.load(folder, device=device, dtype=dtype, progress=progress)
     return runner

@@ -198,7 +198,7 @@ def _asked(
     asked = {
         name: with_images(rows, settings.images, settings.seed) for name, rows in asked.items()
     }
-    _refuse_images(model, asked)
+    refuse_images(model, asked)
     return asked
 
 
@@ -273,7 +273,11 @@ def _kernel(settings: EvalSettings, model: ModelFolder) -> str:
     return "library" if (model.quantization or {}).get("bits", 4) in (4, 8) else "dense"
 
 
-def _refuse_images(model: ModelFolder, asked: Mapping[str, Sequence[Question]]) -> None:
+def refuse_images(model: ModelFolder, asked: Mapping[str, Sequence[Question]]) -> None:
+    """Refuse to ask a text model about pictures.
+
+    Raises: UsageError.
+    """
     for name, rows in asked.items():
         if not model.arch.is_vlm and any(question.has_image for question in rows):
             task = name.split(":")[0]

@@ -7,7 +7,7 @@ images first; its processor expands each image mark to that image's visual token
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,14 @@ class Encoder:
         if len(images) == 1:
             self._keep(images[0], ids.count(self.image_token), inputs)
         return self._placed(ids, rendered, dict(inputs))
+
+    def tokens(self, ids: Sequence[int], after: Encoded | None = None) -> Encoded:
+        """A prompt of these tokens, all of them text; behind those of another prompt if given."""
+        if after is None:
+            return self._placed(list(ids), "", {})
+        places = None if after.places is None else after.positions(len(ids))
+        kinds = None if after.kinds is None else F.pad(after.kinds, (0, len(ids)))
+        return replace(after, ids=[*after.ids, *ids], places=places, kinds=kinds)
 
     def pixels(self, image: Picture) -> dict[str, Tensor] | None:
         """Vision inputs of a picture that was encoded before and is still held."""

@@ -48,13 +48,17 @@ def count(config: Mapping[str, Any]) -> Counts:
         rest += layers * sum(out for out, _ in first)
     if arch.model_type in ("qwen3", "qwen3_vl"):  # norms of queries and keys
         rest += layers * 2 * int(text["head_dim"])
-    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     try:
-        words = int(text["vocab_size"]) * hidden * (1 if tied else 2)
+        words = int(text["vocab_size"]) * hidden * (1 if _tied(config, text) else 2)
         tower, projector = _VISION[arch.model_type](config, hidden) if arch.is_vlm else (0, 0)
     except KeyError as error:
         raise UsageError(f"config.json of a {arch.model_type} model lacks {error}") from error
     return Counts(linears, linears + rest + words, tower, projector)
+
+
+def _tied(config: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
+    """Whether the head is the embedding."""
+    return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
 
 
 def _dense(width: int, out: int) -> int:
@@ -129,3 +133,38 @@ def stored(config: Mapping[str, Any], bits: int = 16, group_size: int = 128) -> 
         out * width * (bits_per_weight(bits, group_size, width) - 16) / 8
         for out, width in layout.linear_shapes(config).values()
     )
+
+
+def decode_bytes(
+    config: Mapping[str, Any], itemsize: int, batch: int, length: float
+) -> float | None:
+    """Bytes that one decoding step must move: language model once, cache of all rows once.
+
+    Quantized linears count as they are stored, everything else at `itemsize` bytes a number; an
+    embedding that is not the head as well is looked up and hardly moves, the vision part rests.
+
+    Args:
+        config: of the model, with its quantization_config.
+        itemsize: bytes of an activation, of the cache and of what is not quantized.
+        batch: rows.
+        length: tokens of a row that lie in the cache.
+
+    Returns: None where the checkpoint's format does not say its bits.
+    Raises: UsageError as `count`.
+    """
+    counts, text = count(config), layout.text_sizes(config)
+    settings = config.get("quantization_config")
+    rest = counts.language - counts.linears
+    if not _tied(config, text):
+        rest -= int(text["vocab_size"]) * int(text["hidden_size"])
+    shapes = layout.linear_shapes(config)
+    linears = float(itemsize * counts.linears)
+    if settings is not None:
+        if "bits" not in settings or "group_size" not in settings:
+            return None
+        bits, group = int(settings["bits"]), int(settings["group_size"])
+        stored_bits = (n * w * bits_per_weight(bits, group, w) for n, w in shapes.values())
+        linears = sum(stored_bits) / 8
+    keys = shapes[f"{layout.architecture(config).layers}.0.self_attn.k_proj"][0]
+    token = 2 * itemsize * keys * int(text["num_hidden_layers"])
+    return linears + itemsize * rest + batch * length * token
