@@ -1,4 +1,4 @@
-"""docs/comparison.md: the schema of comparison.json, from its models and the comments beside them.
+"""docs/comparison.md: the schemas of comparison.json and speed.json, from their models' comments.
 
 The types are those of the models' JSON schema; what a number counts, `UNITS` says, and a number
 that it does not know is an error.
@@ -13,18 +13,25 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qatbench.records_speed import Speed
 from qatbench.report.model import Comparison
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("qatbench/report/model.py", "qatbench/report/details.py")
+SOURCES = (
+    "qatbench/report/model.py",
+    "qatbench/report/details.py",
+    "qatbench/report/speed_model.py",
+    "qatbench/records_speed.py",
+)
 FIRST = ("Comparison", "TaskComparison", "Definition", "CheckpointFacts", "ArmResult")
 INTRO = """\
 # comparison.json
 
 What `qatbench compare` and `run` write, and all that report.html, report.md, the figures and the
 tables are drawn from (`qatbench compare --render DIR`). It holds ids, letters and scores of
-questions, never their text or pictures. This page is written by `python benchmarks/schema_doc.py`;
-a test holds it to the code.
+questions, never their text or pictures. The records from Spread on are those of speed.json
+(`qatbench speed`), whose rows an arm holds. This page is written by
+`python benchmarks/schema_doc.py`; a test holds it to the code.
 
 Types are those of JSON; "None" in a description is null, "()" an empty array. A fraction is of 1:
 64.1 % is 0.641, 2 points are 0.02. A question is what is counted: a row of predictions.jsonl, or
@@ -38,25 +45,34 @@ each question is drawn alone; all passes of a circular question are one question
 # Unit -> names of fields; CLASS.FIELD where other classes use the name for something else.
 UNITS = {
     "fraction": "accuracy accuracies reference_accuracy low high spread chance difference margin"
-    " level same_answer share beta_at_bound",
+    " level same_answer share beta_at_bound share_of_limit",
     "fraction squared": "variance",
     "probability": "p p_holm p_equivalence p_equivalence_holm",
-    "ratio": "cost",
+    "ratio": "cost decode_to_first prefill_to_first decode_to_plain prefill_to_plain",
     "questions": "n right lost gained n_needed n_to_decide dropped both_right both_wrong flips"
     " flips_left_out",
     "questions/s": "questions_per_second",
-    "rows": "rows unparsed errors ties wrong_changed",
+    "rows": "rows unparsed errors ties wrong_changed batch questions",
+    "tokens": "context tokens padded_tokens",
+    "tokens/s": "prefill_tokens_per_second decode_tokens_per_second limit_tokens_per_second",
+    "pictures": "images",
     "nats": "kd median p95 p99 largest lost_margin gained_margin reference_margin Divergence.mean"
     " Flip.margin",
     "nats/token": "ce",
     "that of the term": "Curve.mean Curve.low Curve.high",
-    "seconds": "making_seconds training_seconds calibration_seconds source_seconds",
-    "bytes": "checkpoint_bytes peak_memory_bytes",
+    "that of the measurement": "Spread.median Spread.low Spread.high values",
+    "seconds": "making_seconds training_seconds calibration_seconds source_seconds"
+    " first_token_seconds",
+    "bytes": "checkpoint_bytes peak_memory_bytes weight_bytes cache_bytes peak_bytes moved_bytes"
+    " copied_bytes",
+    "bytes/s": "bytes_per_second",
     "bits": "bits bits_per_weight",
     "weights": "group_size",
     "samples": "samples_seen",
     "optimizer steps": "first last points",
     "draws": "bootstrap_draws",
+    "runs": "repeats warm_up",
+    "threads": "cpu_threads",
     "pairs": "family_size ablation_family",
     "none": "rcka gate beta beta_range seed seeds reference_seed bootstrap_seed schema_version",
 }
@@ -72,7 +88,7 @@ def records(source: str, schemas: dict[str, Schema]) -> dict[str, str]:
     """
     lines, found = source.splitlines(), {}
     for node in ast.parse(source).body:
-        if not isinstance(node, ast.ClassDef) or "Enum" in ast.unparse(node.bases[0]):
+        if not isinstance(node, ast.ClassDef) or _is_no_record(node):
             continue
         rows = [
             _row(node.name, field.target.id, schemas, _comment(lines, field))
@@ -89,11 +105,15 @@ def records(source: str, schemas: dict[str, Schema]) -> dict[str, str]:
     return found
 
 
+def _is_no_record(node: ast.ClassDef) -> bool:
+    return re.search("Enum|NamedTuple", ast.unparse(node.bases[0])) is not None
+
+
 def _row(record: str, field: str, schemas: dict[str, Schema], comment: str) -> str:
     owner = record if record in schemas else "ArmResult"  # CheckpointFacts: only as part of it
     schema = schemas[owner]["properties"][field]
     unit = ""
-    if re.search(r"\b(number|integer)\b", json_type(schema, schemas)):
+    if re.search(r"\b(number|integer)\b|\[Spread\]", json_type(schema, schemas)):
         unit = _UNIT_OF.get(f"{record}.{field}", _UNIT_OF.get(field, ""))
         if not unit:
             raise SystemExit(f"{record}.{field} is a number without a unit: name it in UNITS")
@@ -143,9 +163,12 @@ def _comment(lines: list[str], field: ast.AnnAssign) -> str:
 
 
 def schemas_of() -> dict[str, Schema]:
-    """Record -> its JSON schema, as comparison.json is written."""
-    whole = Comparison.model_json_schema(mode="serialization")
-    return {**whole["$defs"], "Comparison": whole}
+    """Record -> its JSON schema, as comparison.json and speed.json are written."""
+    found: dict[str, Schema] = {}
+    for whole in (Comparison, Speed):
+        schema = whole.model_json_schema(mode="serialization")
+        found |= {**schema["$defs"], whole.__name__: schema}
+    return found
 
 
 def page() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from qatbench.cli_options import Data, Json, Seed, data_paths
 from qatbench.cli_show import comparison_result, worst_drop
 from qatbench.errors import UsageError
 from qatbench.ui import Ui
+
+if TYPE_CHECKING:
+    from qatbench.report.model import Comparison
 
 
 def compare_command(
@@ -34,6 +37,9 @@ def compare_command(
     render: Annotated[
         Path | None, typer.Option(help="Draw the report of this comparison again; no runs needed.")
     ] = None,
+    speed: Annotated[
+        Path | None, typer.Option(help="speed.json of `qatbench speed` with these models.")
+    ] = None,
     data: Data = None,
     as_json: Json = False,
 ) -> None:
@@ -46,9 +52,11 @@ def compare_command(
     """
     from qatbench.stages.compare import compare
     from qatbench.stages.report_files import read, write
+    from qatbench.stages.speeds import read_speed, with_speed
 
     ui = Ui(as_json=as_json)
     _check(runs, baseline, render, margin)
+    measured = read_speed(speed) if speed is not None else None
     if render is not None:
         result, out = read(render), render
     else:
@@ -58,12 +66,19 @@ def compare_command(
             runs, baseline, margin=margin / 100, intersection=intersection, cluster=cluster,
             draws=draws, seed=seed, out=out,
         )  # fmt: skip
+    if measured is not None:
+        result = with_speed(result, measured)
     tasks = [task.definition.task for task in result.tasks]
     write(result, out, data_paths(data, tasks))
+    again = "" if render else f"{' '.join(map(str, runs or []))} --baseline {baseline}"
+    _told(ui, result, out, again, max_drop)
+
+
+def _told(ui: Ui, result: Comparison, out: Path, again: str, max_drop: float | None) -> None:
+    """Show the comparison; end with 1 if an arm fell further than the gate allows."""
     comparison_result(ui, result, out)
-    if render is None:
-        again = " ".join(map(str, runs or []))
-        ui.next_command(f"qatbench compare {again} --baseline {baseline} --max-drop 1.0   # a gate")
+    if again:
+        ui.next_command(f"qatbench compare {again} --max-drop 1.0   # a gate")
     if max_drop is not None and worst_drop(result) * 100 > max_drop + 1e-9:
         ui.note(f"verdict: an arm is {worst_drop(result) * 100:.2f} points below the baseline")
         raise typer.Exit(1)

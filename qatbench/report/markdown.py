@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from qatbench.report import ablations, changes, claims, figures, recovery, tables, training
+from qatbench.report import (
+    ablations,
+    changes,
+    claims,
+    figures,
+    recovery,
+    speed_arms,
+    tables,
+    training,
+)
 from qatbench.report.facts import definition_facts, named, notes
 from qatbench.report.model import Comparison, TaskComparison
 from qatbench.report.verdict import decisions, margin_words, verdict
@@ -113,6 +122,7 @@ def _task_parts(comparison: Comparison, task: TaskComparison) -> list[str]:
         f"- **{warning.code}**{f' ({warning.detail})' if warning.detail else ''}: {warning.advice}."
         for warning in task.warnings
     ]
+    speeds = tables.markdown_table(speed_arms.arm_speed_rows(task))
     sections: list[tuple[str, str]] = [
         ("Won back, and the noise floor", recovery.section(task)),
         ("What changed", changes.section(comparison, task)),
@@ -123,6 +133,7 @@ def _task_parts(comparison: Comparison, task: TaskComparison) -> list[str]:
         ("Pairs", tables.markdown_table(pairs, _PAIR_TITLES)),
         ("Unparsed, errors, ties", tables.markdown_table(tables.count_rows(task))),
         ("Making", tables.markdown_table(tables.cost_rows(task))),
+        ("Speed", "\n\n".join(filter(None, [speed_arms.about(task), speeds]))),
         ("Definition", _definition(task, comparison.baseline)),
     ]
     return parts + [f"### {title}\n\n{text}" for title, text in sections if text]

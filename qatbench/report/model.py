@@ -14,6 +14,7 @@ from pydantic import Field
 
 from qatbench.records import Record
 from qatbench.report.details import Agreement, Changes, Claim, Noise, Recovery
+from qatbench.report.speed_model import ArmSpeed
 
 COMPARISON_VERSION: Literal[1] = 1
 PTQ_METHODS = frozenset({"rtn", "gptq", "awq", "autoround"})
@@ -134,7 +135,9 @@ class ArmResult(CheckpointFacts):
     errors: tuple[int, ...]
     ties: tuple[int, ...]
     predictions: tuple[str, ...] = ()  # file of each seed, relative to the comparison
-    questions_per_second: float | None = None  # of the evaluation, mean over seeds
+    questions_per_second: float | None = None  # in option mode, measured by `qatbench speed`
+    models: tuple[str | None, ...] = ()  # fingerprint of each seed's model
+    speed: ArmSpeed | None = None  # measured by `qatbench speed`
 
     @property
     def family(self) -> Family:
@@ -149,9 +152,7 @@ class ArmResult(CheckpointFacts):
     @property
     def grid(self) -> str:
         """Bits and group size in words; arms are ranked against each other within one grid."""
-        if self.bits is None:
-            return "unknown grid"
-        return f"{self.bits} bits g{self.group_size}"
+        return "unknown grid" if self.bits is None else f"{self.bits} bits g{self.group_size}"
 
     @property
     def cost_seconds(self) -> float | None:
@@ -163,9 +164,8 @@ class ArmResult(CheckpointFacts):
     @property
     def gpu_hours(self) -> float | None:
         """Its cost where it was made on a GPU."""
-        made_on = (self.device or "").split(":")[0]
-        known = made_on == "cuda" and self.cost_seconds is not None
-        return self.cost_seconds / 3600 if known and self.cost_seconds is not None else None
+        seconds, made_on = self.cost_seconds, (self.device or "").split(":")[0]
+        return seconds / 3600 if made_on == "cuda" and seconds is not None else None
 
 
 class SeedPair(Record):

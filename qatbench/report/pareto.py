@@ -12,8 +12,9 @@ from typing import Literal, NamedTuple
 
 from qatbench.report.model import ArmResult, TaskComparison
 from qatbench.report.pareto_panel import draw_panel, front_keys, name_points
+from qatbench.report.speed_model import cases
 from qatbench.report.svg import family_keys, styled, text_of
-from qatbench.report.tables import duration, percent
+from qatbench.report.tables import duration, figure, percent
 
 Kind = Literal["size", "cost", "speed"]
 
@@ -80,7 +81,7 @@ def words(task: TaskComparison) -> str:
     """Say what it shows: the text alternative."""
     told = []
     for panel in panels(task):
-        best = [f"{p.arm.name} ({_figure(panel.kind, p.x)}, {percent(p.arm.accuracy)})"
+        best = [f"{p.arm.name} ({_figure(panel, p.x)}, {percent(p.arm.accuracy)})"
                 for p in panel.front]  # fmt: skip
         told.append(f"Against {panel.label}{': ' if best else ''}{', '.join(best)}.")
     return (
@@ -111,14 +112,17 @@ def _cost(task: TaskComparison) -> Panel:
 
 
 def _speed(task: TaskComparison) -> Panel:
-    points = [
-        Point(arm, arm.questions_per_second)
-        for arm in task.arms
-        if arm.questions_per_second is not None
-    ]
-    on = task.definition.device
-    label = f"questions/s of the evaluation, {' and '.join(on) or 'unknown device'}"
-    return _made("speed", label, points, task, comparable=len(on) < 2)
+    """Decoding where it was measured in one case, else questions/s in option mode."""
+    known = cases(task.arms)
+    if known:
+        rows = [(arm, arm.speed.row(known[0])) for arm in task.arms if arm.speed]
+        decoded = [(arm, row.decode_tokens_per_second) for arm, row in rows if row]
+        points = [Point(arm, rate.median) for arm, rate in decoded if rate]
+        return _made("speed", f"decoded tokens/s, {known[0].words()}", points, task)
+    measured = [arm for arm in task.arms if arm.questions_per_second is not None]
+    points = [Point(arm, arm.questions_per_second or 0) for arm in measured]
+    on = dict.fromkeys(arm.speed.on for arm in measured if arm.speed)
+    return _made("speed", f"questions/s in option mode, {' and '.join(on)}", points, task)
 
 
 def _made(
@@ -145,7 +149,9 @@ def _dominates(one: Point, other: Point, sign: int) -> bool:
     return min(gains) >= 0 and max(gains) > 0
 
 
-def _figure(kind: Kind, x: float) -> str:
-    if kind == "cost":
+def _figure(panel: Panel, x: float) -> str:
+    if panel.kind == "cost":
         return "nothing" if x == 0 else duration(x)
-    return f"{x:.1f} MB" if kind == "size" else f"{x:.3g} questions/s"
+    unit = panel.label.split()[0].rstrip(",")  # questions/s, or decoded
+    told = {"decoded": "tokens/s"}.get(unit, unit)
+    return f"{x:.1f} MB" if panel.kind == "size" else f"{figure(x)} {told}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from qatbench.report import cells, tables
+from qatbench.report import cells, speed_arms, tables
 from qatbench.report.details import Changes
 from qatbench.report.facts import notes
 from qatbench.report.model import Comparison, TaskComparison
@@ -44,6 +44,13 @@ def sections(comparison: Comparison, task: TaskComparison) -> list[Section]:
             "cost",
             [cells.table("Means over seeds, on the device stated", tables.cost_rows(task))],
             about="time, samples, device",
+        ),
+        Section(
+            "How fast each arm runs",
+            "speed",
+            [cells.table("Decoding, prefill and memory", speed_arms.arm_speed_rows(task))],
+            speed_arms.about(task),
+            about="tokens a second, by engine and batch",
         ),
         Section(
             "Unparsed, errors, ties",

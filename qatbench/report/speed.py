@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qatbench.records_speed import Speed, SpeedRow, Spread
-from qatbench.report.tables import UNKNOWN, Row, markdown_table
+from qatbench.records_speed import Speed, SpeedRow
+from qatbench.report.tables import UNKNOWN, Row, markdown_table, megabytes, rate, spread
 
-MB = 1e6
 _COLUMNS = """\
 - **decode tok/s**: tokens of all rows a second after the first one: median of {repeats} repeats \
 [least, most]. **prefill tok/s**: prompt tokens of all rows over the time to the first token. \
@@ -52,7 +51,7 @@ def question_rows(speed: Speed) -> list[Row]:
             "questions": str(row.questions),
             "questions/s": row.status
             if row.questions_per_second is None
-            else told(row.questions_per_second),
+            else spread(row.questions_per_second),
         }
         for row in speed.evaluations
     ]
@@ -70,7 +69,7 @@ def facts(speed: Speed) -> list[str]:
         f"repeats: {speed.repeats} after {speed.warm_up} of warm-up, {turns}; seed {speed.seed}",
         f"bandwidth: {rate.median / 1e9:.4g} GB/s read and written"
         f" [{rate.low / 1e9:.4g}, {rate.high / 1e9:.4g}], a copy of"
-        f" {speed.bandwidth.copied_bytes / MB:.0f} MB in this run",
+        f" {speed.bandwidth.copied_bytes / 1e6:.0f} MB in this run",
         f"versions: {versions}",
     ]
 
@@ -108,7 +107,7 @@ def _row(row: SpeedRow) -> Row:
         "context": str(row.context),
         "decode tok/s": row.status
         if row.decode_tokens_per_second is None
-        else told(row.decode_tokens_per_second),
+        else spread(row.decode_tokens_per_second),
         "prefill tok/s": rate(row.prefill_tokens_per_second),
         "first ms": UNKNOWN if first is None else f"{1000 * first.median:.3g}",
         "x first": ratio(row.decode_to_first),
@@ -121,31 +120,11 @@ def _row(row: SpeedRow) -> Row:
     }
 
 
-def told(spread: Spread) -> str:
-    """Write repeats, as 281 [279, 283]."""
-    return f"{_number(spread.median)} [{_number(spread.low)}, {_number(spread.high)}]"
-
-
-def rate(spread: Spread | None) -> str:
-    """Write the median of repeats."""
-    return UNKNOWN if spread is None else _number(spread.median)
-
-
 def ratio(value: float | None) -> str:
     """Write 1.807 as 1.81."""
     return UNKNOWN if value is None else f"{value:.2f}"
 
 
-def megabytes(size: int | None) -> str:
-    """Write bytes as MB of 10^6 bytes."""
-    return UNKNOWN if size is None else f"{size / MB:.1f}"
-
-
 def shown(rows: Sequence[Row], left: Sequence[str]) -> list[Row]:
     """Rows without the columns of `left`."""
     return [{key: cell for key, cell in row.items() if key not in left} for row in rows]
-
-
-def _number(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

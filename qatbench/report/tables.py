@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from qatbench.records_speed import Spread
 from qatbench.report.model import Ablation, ArmResult, Comparison, PairResult, Part, TaskComparison
+from qatbench.report.speed_model import SpeedCase, cases, memory
 
 Row = dict[str, str]
 UNKNOWN = "-"
@@ -80,7 +82,8 @@ def count_rows(task: TaskComparison) -> list[Row]:
 
 
 def cost_rows(task: TaskComparison) -> list[Row]:
-    """One row an arm: how it was made, and what that took (means over seeds)."""
+    """One row an arm: how it was made, what that took (means over seeds), how fast it runs."""
+    shown = cases(task.arms)
     return [
         {
             "arm": arm.name,
@@ -98,8 +101,22 @@ def cost_rows(task: TaskComparison) -> list[Row]:
             else f"{arm.peak_memory_bytes / 1e9:.1f}",
             "device": arm.gpu or arm.device or UNKNOWN,
         }
+        | _speed_cells(arm, shown)
         for arm in task.arms
     ]
+
+
+def _speed_cells(arm: ArmResult, shown: Sequence[SpeedCase]) -> Row:
+    """Decoding, prefill and memory in the case that is shown; no cells where none is."""
+    if not shown:
+        return {}
+    row = arm.speed.row(shown[0]) if arm.speed else None
+    held = memory(row)[0] if row else None
+    return {
+        "decode tok/s": rate(row.decode_tokens_per_second if row else None),
+        "prefill tok/s": rate(row.prefill_tokens_per_second if row else None),
+        "memory GB": UNKNOWN if held is None else f"{held / 1e9:.3g}",
+    }
 
 
 def ablation_rows(comparison: Comparison) -> list[Row]:
@@ -177,6 +194,23 @@ def price(arm: ArmResult) -> str:
 def megabytes(size: int | None) -> str:
     """Write bytes as MB of 10^6 bytes."""
     return UNKNOWN if size is None else f"{size / 1e6:.1f}"
+
+
+def spread(repeats: Spread | None) -> str:
+    """Write repeats with their ends, as 281 [279, 283]."""
+    if repeats is None:
+        return UNKNOWN
+    return f"{figure(repeats.median)} [{figure(repeats.low)}, {figure(repeats.high)}]"
+
+
+def rate(repeats: Spread | None) -> str:
+    """Write the median of repeats."""
+    return UNKNOWN if repeats is None else figure(repeats.median)
+
+
+def figure(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def bits_per_weight(arm: ArmResult) -> str:

@@ -145,7 +145,13 @@ def _load_run(seed: int, folder: Path) -> Run:
 
 
 def _model(run: Run) -> str:
-    return str(section(section(run.provenance, "inputs"), "model").get("fingerprint"))
+    return str(model_of(run))
+
+
+def model_of(run: Run) -> str | None:
+    """Fingerprint of the model that was asked; None where it was not recorded."""
+    found = section(section(run.provenance, "inputs"), "model").get("fingerprint")
+    return None if found is None else str(found)
 
 
 def _with_sources(run: Run, made: dict[str, Run]) -> Run:

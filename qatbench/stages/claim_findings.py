@@ -1,4 +1,4 @@
-"""What one task says of a claim, from the pairs, ablations and bytes that it states already."""
+"""What one task says of a claim, from the pairs and ablations that it states already."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from qatbench.stages.claim_rules import (
     AblationTest,
     Arms,
     Expected,
-    MemoryTest,
     PairTest,
-    Test,
 )
 from qatbench.stats import Verdict
 
@@ -56,22 +54,18 @@ class Finding(NamedTuple):
     task: str = ""
 
 
-def findings(task: TaskComparison, test: Test, baseline: str) -> list[Finding]:
+def findings(task: TaskComparison, test: PairTest | AblationTest, baseline: str) -> list[Finding]:
     """Look at one task: a finding a grid, at least one; `task` of it is left to the caller."""
     if isinstance(test, PairTest):
         return _pair_findings(task, test, baseline)
-    if isinstance(test, AblationTest):
-        return _ablation_findings(task, test)
-    if isinstance(test, MemoryTest):
-        return [_memory_finding(task, test)]
-    return [Finding(NOT_TESTABLE, "", "it is about decoding, whose speed no comparison holds yet")]
+    return _ablation_findings(task, test)
 
 
 # --- an arm against another ---------------------------------------------------------------------
 
 
 def _pair_findings(task: TaskComparison, test: PairTest, baseline: str) -> list[Finding]:
-    arms = _fitting(task, test.arm)
+    arms = fitting(task, test.arm)
     if not arms:
         return _nearest(task, test, baseline)
     found = [
@@ -89,7 +83,7 @@ def _nearest(task: TaskComparison, test: PairTest, baseline: str) -> list[Findin
     reference = test.reference
     if isinstance(reference, Arms):
         reference = reference.model_copy(update=any_bits)
-    arms = _fitting(task, test.arm.model_copy(update=any_bits))
+    arms = fitting(task, test.arm.model_copy(update=any_bits))
     widest = [arm for arm in arms if arm.bits == max(other.bits or 0 for other in arms)]
     found = [
         _pair_finding(task, test, mine, other, baseline)._replace(
@@ -100,7 +94,7 @@ def _nearest(task: TaskComparison, test: PairTest, baseline: str) -> list[Findin
     return found or [Finding(NOT_TESTABLE, "", reason)]
 
 
-def _fitting(task: TaskComparison, wanted: Arms) -> list[ArmResult]:
+def fitting(task: TaskComparison, wanted: Arms) -> list[ArmResult]:
     """Arms that fit, without those that an ablation left a part of GRACE out of."""
     whole = ("distillation", "training")
     lacking = {a.pair.reference for a in task.ablations if a.part not in whole}
@@ -114,22 +108,22 @@ def _sides(
     for grid in dict.fromkeys(arm.grid for arm in arms):
         mine = [arm for arm in arms if arm.grid == grid]
         if isinstance(reference, Arms):
-            others = _fitting(task, reference)
+            others = fitting(task, reference)
             yield mine, [arm for arm in others if arm.bits is None or arm.grid == grid]
         else:
-            sources = {arm.name: _source(task, arm) for arm in mine}
+            sources = {arm.name: source_of(task, arm) for arm in mine}
             for source in dict.fromkeys(sources.values()):
                 made = [arm for arm in mine if sources[arm.name] == source]
                 yield made, [task.arm(source)] if source else []
 
 
-def _source(task: TaskComparison, arm: ArmResult) -> str | None:
+def source_of(task: TaskComparison, arm: ArmResult) -> str | None:
     """The compared 16-bit arm that an arm was made from, known by what making that one took.
 
     An arm whose source was not compared counts as made from the untrained model.
     """
     if arm.source_seconds is None:
-        base = _fitting(task, Arms(method=("base",)))
+        base = fitting(task, Arms(method=("base",)))
         return base[0].name if base else None
     for control in task.arms:
         cost = control.cost_seconds
@@ -147,14 +141,14 @@ def _pair_finding(
     references: Sequence[ArmResult],
     baseline: str,
 ) -> Finding:
-    arm = _best(arms)
+    arm = best_of(arms)
     control = _control(task, test, arm)
     if not references:
         made = "16-bit arm that it was made from"
         words = test.reference.words() if isinstance(test.reference, Arms) else made
         here = _told(arms) + control if control else ""
         return Finding(NOT_TESTABLE, here, f"no {words} here", arm.grid)
-    reference = _best(references)
+    reference = best_of(references)
     here = f"{_told(arms)} against {_told(references)}"
     pair = _stated(task, arm.name, reference.name)
     if pair is None:
@@ -169,12 +163,13 @@ def _pair_finding(
     return Finding(verdict, here, reason, arm.grid)
 
 
-def _best(arms: Sequence[ArmResult]) -> ArmResult:
+def best_of(arms: Sequence[ArmResult]) -> ArmResult:
+    """The most accurate."""
     return max(arms, key=lambda arm: arm.accuracy)
 
 
 def _told(arms: Sequence[ArmResult]) -> str:
-    best = _best(arms)
+    best = best_of(arms)
     picked = f" (best of {len(arms)})" if len(arms) > 1 else ""
     return f"`{best.name}`{picked} {tables.percent(best.accuracy)} %"
 
@@ -187,10 +182,10 @@ def _control(task: TaskComparison, test: PairTest, arm: ArmResult) -> str:
     """Our note: the 16-bit model that was trained, too."""
     if test.control is None:
         return ""
-    controls = _fitting(task, test.control)
+    controls = fitting(task, test.control)
     if not controls:
         return ""
-    control = _best(controls)
+    control = best_of(controls)
     pair = _stated(task, arm.name, control.name)
     note = f". Control, trained without quantization: {_told(controls)}"
     if pair is None:
@@ -221,7 +216,7 @@ def _judged(
     return verdict, f"{shown}, p {tables.p_value(pair.p_holm)}"
 
 
-# --- parts of the method, bytes -----------------------------------------------------------------
+# --- parts of the method ------------------------------------------------------------------------
 
 
 def _ablation_findings(task: TaskComparison, test: AblationTest) -> list[Finding]:
@@ -243,37 +238,3 @@ def _ablation_findings(task: TaskComparison, test: AblationTest) -> list[Finding
         verdict, reason = _judged(task, "better", _WORTH[ablation.verdict], pair, settled)
         found.append(Finding(verdict, here, reason + alone, ablation.grid))
     return found
-
-
-def _memory_finding(task: TaskComparison, test: MemoryTest) -> Finding:
-    arms, references = _fitting(task, test.arm), _fitting(task, test.reference)
-    for wanted, fitting in ((test.arm, arms), (test.reference, references)):
-        if not fitting:
-            return Finding(NOT_TESTABLE, "", f"no {wanted.words()} here")
-    arm, reference = _best(arms), references[0]
-    small, large = arm.checkpoint_bytes, reference.checkpoint_bytes
-    if small is None or not large:
-        return Finding(NOT_TESTABLE, "", "the size of a checkpoint is not recorded")
-    saved = 1 - small / large
-    here = (
-        f"`{arm.name}` {tables.megabytes(small)} MB against `{reference.name}`"
-        f" {tables.megabytes(large)} MB: {-100 * saved:.0f} %, checkpoints on disk"
-    )
-    most = _most_saved(arm, reference, saved)
-    if most is not None and most < test.expect_at_least:
-        reason = (
-            f"this model's shape allows {100 * most:.0f} % at most, at {arm.bits} bits with free"
-            " scales: the rest of its bytes is not quantized"
-        )
-        return Finding(NOT_TESTABLE, here, reason)
-    enough = round(saved, 2) >= test.expect_at_least  # the published figure is rounded, too
-    reason = "by the weights; memory in use was not measured"
-    return Finding("reproduced" if enough else "contradicted", here, reason)
-
-
-def _most_saved(arm: ArmResult, reference: ArmResult, saved: float) -> float | None:
-    """What a grid without scales would save: the quantized share follows from what was saved."""
-    mine, theirs = arm.bits_per_weight, reference.bits_per_weight
-    if not (arm.bits and mine and theirs) or mine >= theirs or saved <= 0:
-        return None
-    return saved / (1 - mine / theirs) * (1 - arm.bits / theirs)

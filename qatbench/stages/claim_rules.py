@@ -70,7 +70,7 @@ class AblationTest(Record):
 
 
 class MemoryTest(Record):
-    """Bytes that a checkpoint saves, as a fraction of the reference's."""
+    """Bytes saved, as a fraction of the reference's: in use, or where not measured on disk."""
 
     kind: Literal["memory"]
     arm: Arms
@@ -80,9 +80,11 @@ class MemoryTest(Record):
 
 
 class SpeedTest(Record):
-    """Decode throughput over that of the 16-bit model."""
+    """Decode throughput at batch 1 over that of the 16-bit arm, in the same engine."""
 
     kind: Literal["speed"]
+    arm: Arms
+    reference: Arms
     expect_at_least: float = Field(gt=0)
     needs: Needs = Needs()
 

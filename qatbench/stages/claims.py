@@ -20,7 +20,15 @@ from collections.abc import Sequence
 from qatbench.report.details import Claim, ClaimVerdict
 from qatbench.report.model import Definition, TaskComparison
 from qatbench.stages.claim_findings import NOT_TESTABLE, Finding, findings
-from qatbench.stages.claim_rules import MemoryTest, Needs, Published, SpeedTest, published
+from qatbench.stages.claim_rules import (
+    MemoryTest,
+    Needs,
+    Published,
+    SpeedTest,
+    Test,
+    published,
+)
+from qatbench.stages.claim_speed import memory_finding, speed_finding
 
 _NAMES = {"scienceqa": "ScienceQA", "mmbench": "MMBench"}
 _OF_ONE_TASK = (MemoryTest, SpeedTest)  # bytes and speed do not depend on the questions
@@ -38,7 +46,7 @@ def _claim(one: Published, tasks: Sequence[TaskComparison], baseline: str) -> Cl
     found = [
         finding._replace(task=task.definition.task if len(asked) > 1 else "")
         for task in asked
-        for finding in findings(task, one.test, baseline)
+        for finding in _findings(task, one.test, baseline)
     ]
     here = _joined([(finding, finding.here) for finding in found])
     verdict, reason = (NOT_TESTABLE, unmet) if unmet else _together(found)
@@ -48,6 +56,15 @@ def _claim(one: Published, tasks: Sequence[TaskComparison], baseline: str) -> Cl
         reason += f"; {' and '.join(missing)} was not asked"
     facts = one.model_dump(include={"id", "claim", "source", "published"})
     return Claim(**facts, verdict=verdict, here=here, reason=reason)
+
+
+def _findings(task: TaskComparison, test: Test, baseline: str) -> list[Finding]:
+    """What one task says, a finding a grid."""
+    if isinstance(test, MemoryTest):
+        return [memory_finding(task, test)]
+    if isinstance(test, SpeedTest):
+        return [speed_finding(task, test)]
+    return findings(task, test, baseline)
 
 
 def _together(found: Sequence[Finding]) -> tuple[ClaimVerdict, str]:

@@ -26,7 +26,7 @@ from qatbench.report.warnings import warnings_of
 from qatbench.stages.ablations import settled, with_ablations
 from qatbench.stages.adjusted import adjusted
 from qatbench.stages.answers import lined
-from qatbench.stages.arms import Arm, load_arms
+from qatbench.stages.arms import Arm, load_arms, model_of
 from qatbench.stages.changes import agreement, changes
 from qatbench.stages.claims import verdicts
 from qatbench.stages.courses import courses
@@ -188,6 +188,7 @@ def _arm_result(arm: Arm, sheet: Sheet, out: Path | None) -> ArmResult:
         name=arm.name,
         seeds=arm.seeds,
         fingerprints=tuple(text(run.provenance.get("fingerprint")) for run in arm.runs),
+        models=tuple(model_of(run) for run in arm.runs),
         n=n,
         rows=len(rows[0]),
         right=tuple(right),

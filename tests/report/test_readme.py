@@ -145,6 +145,9 @@ def test_the_page_of_the_schema_is_made_from_the_models() -> None:
     assert "| `making_seconds` | number or null | seconds | mean over seeds" in page
     assert "| `mean` | number | nats |  |" in page  # of Divergence
     assert "| `mean` | array of (number or null) | that of the term |" in page  # of Curve
+    assert "| `decode_tokens_per_second` | [Spread](#spread) or null | tokens/s |" in page
+    assert "## EvaluationRow" in page  # of speed.json alone
+    assert "## SpeedCase" not in page  # no record
     assert "| `verdict` | string: `equivalent`, `better`, `worse`, `undecided` |  | by" in page
 
 
@@ -153,7 +156,7 @@ def test_every_number_of_the_schema_has_a_unit(monkeypatch: pytest.MonkeyPatch) 
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| .*\|$", made.page(), re.MULTILINE)
     assert len(rows) > 130
     for field, kind, unit in rows:
-        assert bool(unit) == bool(re.search(r"\b(number|integer)\b", kind)), field
+        assert bool(unit) == bool(re.search(r"\b(number|integer)\b|\[Spread\]", kind)), field
     known = {field for field, _, unit in rows if unit}
     named = {name.rsplit(".", 1)[-1] for names in made.UNITS.values() for name in names.split()}
     assert named == known  # none is of a field that there no longer is
