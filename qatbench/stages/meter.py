@@ -38,8 +38,13 @@ class Meter:
         """Most bytes held since `watch`."""
         return torch.cuda.max_memory_allocated(self.device) if self.counts_memory else 0
 
+    def collect(self) -> None:
+        """Where memory is counted, drop what nobody refers to; the allocator keeps its memory."""
+        if self.counts_memory:
+            gc.collect()
+
     def release(self) -> None:
-        """Give back the memory of what nobody refers to any more."""
+        """Drop it, and give its memory back to the device."""
         gc.collect()
         if self.counts_memory:
             torch.cuda.empty_cache()

@@ -45,7 +45,8 @@ def speed(
     `paths` says where the data of the task lie that `settings.asked` names.
 
     Raises: UsageError for settings that cannot work with these models; PrerequisiteError when no
-        engine runs any of them, or one of `settings.engines` does not and `required` is set.
+        engine runs any of them; what an engine of `settings.engines` says that does not run one,
+        where `required` is set.
     """
     _check(folders, settings)
     questions = asked_of(folders, settings.asked, paths) if settings.asked else []
@@ -175,7 +176,7 @@ def _load(
         progress("Loading", k, len(pairs))
         try:
             found = _entrant(folder, engine, how, progress)
-        except PrerequisiteError as error:
+        except (PrerequisiteError, UsageError) as error:
             if how.settings.required:
                 raise
             found = "not run", error.message

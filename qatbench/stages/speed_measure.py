@@ -147,6 +147,7 @@ def _prompts(entrant: Entrant, case: Case, settings: SpeedSettings) -> list[Enco
 
 def _once(entrant: Entrant, given: Sequence[Encoded], tokens: int, meter: Meter) -> _Time | None:
     """Read the prompts, decode, and look at the clock after each; None out of memory."""
+    meter.collect()  # else what is left over of another's run would count, or not, by chance
     before = meter.held()
     meter.watch()
     try:
@@ -156,6 +157,7 @@ def _once(entrant: Entrant, given: Sequence[Encoded], tokens: int, meter: Meter)
             raise
         return None
     peak = meter.peak() - before + entrant.held
+    meter.collect()
     entrant.held += meter.held() - before  # what an engine keeps from the first run on
     return _Time(first, decoding, cache, peak)
 

@@ -16,7 +16,7 @@ from tiny import Make, Source
 from qatbench import cli, store
 from qatbench.engine import pick, plain
 from qatbench.engine.runner import Started
-from qatbench.errors import PrerequisiteError, UsageError
+from qatbench.errors import PrerequisiteError, QatbenchError, UsageError
 from qatbench.records_speed import Speed, SpeedRow, spread
 from qatbench.report import speed as words
 from qatbench.stages.common import silent
@@ -61,6 +61,9 @@ class Machine(Meter):
 
     def peak(self) -> int:
         return self.most
+
+    def collect(self) -> None:
+        pass
 
     def release(self) -> None:
         self.released += 1
@@ -245,14 +248,18 @@ def test_weights_that_do_not_fit_are_rows(
     assert rows["slow", "transformers", 1, 20].status == "ok"
 
 
+@pytest.mark.parametrize("kind", [PrerequisiteError, UsageError])
 def test_an_engine_that_cannot_run_is_a_row_unless_it_was_named(
-    fakes: list[ModelFolder], machine: Machine, monkeypatch: pytest.MonkeyPatch
+    fakes: list[ModelFolder],
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[QatbenchError],
 ) -> None:
     made = pick.load
 
     def one(engine: str, folder: ModelFolder, **how: Any) -> Any:
         if engine == "qatbench":
-            raise PrerequisiteError("the engine needs a GPU")
+            raise kind("the engine needs a GPU")
         return made(engine, folder, **how)
 
     monkeypatch.setattr(pick, "load", one)
@@ -260,7 +267,7 @@ def test_an_engine_that_cannot_run_is_a_row_unless_it_was_named(
     assert rows["slow", "qatbench", 1, 20].status == "not run"
     assert rows["slow", "qatbench", 1, 20].reason == "the engine needs a GPU"
     only = SpeedSettings(engines=("qatbench",), required=True, batches=(1,), contexts=(20,))
-    with pytest.raises(PrerequisiteError, match="needs a GPU"):
+    with pytest.raises(kind, match="needs a GPU"):
         speed(fakes, only, {}, silent, machine)
     only = SpeedSettings(engines=("qatbench",), batches=(1,), contexts=(20,))
     with pytest.raises(PrerequisiteError, match="needs a GPU") as error:
