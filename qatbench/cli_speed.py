@@ -71,6 +71,8 @@ def speed_command(
     from qatbench.vlm.load import find
 
     ui = Ui(as_json=as_json)
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file", hint="--out FOLDER")
     asked = _asked(task, questions, protocol, seed)
     paths = data_paths(data, selector.with_paths([asked.selector] if asked else []))
     settings = SpeedSettings(
@@ -114,9 +116,14 @@ def _speed_result(ui: Ui, found: Speed, out: Path | None) -> None:
         store.write_json(out / "speed.json", value)
         store.write_text(out / "speed.md", words.render(found))
     rows = words.speed_rows(found)
+    counted = () if any(row.peak_bytes for row in found.rows) else ("peak MB",)
+    left = ("prefill tok/s", "cache MB", "x plain", *counted)
     parts = (
-        (f"speed on {found.on}", words.shown(rows, ("prefill tok/s", "cache MB", "x plain"))),
-        ("", words.shown(rows, ("decode tok/s", "first ms", "x first", "limit %", "peak MB"))),
+        (f"speed on {found.on}", words.shown(rows, left)),
+        (
+            "prefill and cache",
+            words.shown(rows, ("decode tok/s", "first ms", "x first", "limit %", "peak MB")),
+        ),
         ("engines", words.engine_rows(found)),
         ("questions/s in option mode", words.question_rows(found)),
     )

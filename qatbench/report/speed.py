@@ -81,6 +81,9 @@ def failures(speed: Speed) -> list[str]:
         for row in speed.rows
         if row.status != "ok"
     ]
+    peaks = [row.peak_bytes for row in speed.rows if row.status == "ok"]
+    if peaks and not any(peaks):
+        lines.append("peak memory: not measured, as nobody counts it on a CPU")
     return [*dict.fromkeys(lines), *speed.notes]
 
 

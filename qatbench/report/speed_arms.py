@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qatbench.report.model import TaskComparison
 from qatbench.report.speed_model import cases, memory
-from qatbench.report.tables import UNKNOWN, Row, rate, spread
+from qatbench.report.tables import UNKNOWN, Row, megabytes, rate, spread
 
 
 def arm_speed_rows(task: TaskComparison) -> list[Row]:
@@ -27,7 +27,7 @@ def arm_speed_rows(task: TaskComparison) -> list[Row]:
                     "decode tok/s": spread(row.decode_tokens_per_second),
                     "prefill tok/s": rate(row.prefill_tokens_per_second),
                     "first ms": UNKNOWN if first is None else f"{1000 * first.median:.3g}",
-                    "memory GB": UNKNOWN if held is None else f"{held / 1e9:.3g}",
+                    "memory MB": megabytes(held),
                     "memory is": how,
                 }
             )

@@ -115,7 +115,7 @@ def _speed_cells(arm: ArmResult, shown: Sequence[SpeedCase]) -> Row:
     return {
         "decode tok/s": rate(row.decode_tokens_per_second if row else None),
         "prefill tok/s": rate(row.prefill_tokens_per_second if row else None),
-        "memory GB": UNKNOWN if held is None else f"{held / 1e9:.3g}",
+        "memory MB": megabytes(held),
     }
 
 

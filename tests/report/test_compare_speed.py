@@ -283,7 +283,7 @@ def test_tables_hold_what_was_measured() -> None:
     cost = {one["arm"]: one for one in cost_rows(block)}
     assert cost["grace"]["decode tok/s"] == "281"
     assert cost["grace"]["prefill tok/s"] == "10240"
-    assert cost["grace"]["memory GB"] == "4.5"
+    assert cost["grace"]["memory MB"] == "4500.0"
     assert cost["gptq"]["decode tok/s"] == "-"
     assert [(one["arm"], one["batch"], one["decode tok/s"]) for one in arm_speed_rows(block)] == [
         ("base", "1", "155 [152, 158]"),

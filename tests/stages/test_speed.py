@@ -473,8 +473,11 @@ def test_the_verb(
     assert not list(out.glob(".*"))
     code, text, _ = command(*small)
     assert (code, "decode tok/s" in text, "GB/s read and written" in text) == (0, True, True)
+    assert "peak MB" not in text
+    assert "peak memory: not measured" in text
     for flags, said in (
         (("--batch", "0"), "whole numbers"),
+        (("--out", str(out / "speed.md")), "is a file"),
         (("--context", "512,2048"), "1024 positions"),
         (("--protocol", "qatbench"), "no task"),
     ):
