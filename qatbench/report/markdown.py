@@ -36,13 +36,15 @@ _METHOD = """\
 - **accuracy**: right / all asked, mean over seeds; unparsed and crashed questions count as not \
 right. Where rows form groups, a question is a group, right when all its rows are.
 - **95 % interval**: Wilson, of one seed's n questions around the mean. It covers the choice of \
-questions, not of training seeds: the spread over seeds (standard deviation, points) does that.
+questions, not of training seeds: the spread over seeds (standard deviation, points) does that. \
+Each question is taken alone, passes of one and questions of one cluster too; only differences \
+know of clusters.
 - **difference**: arm minus reference in points, correctness averaged over seeds first; interval: \
 percentile bootstrap over questions (over clusters where questions form any), \
 {draws} draws, seed {seed}.
 - **p**: two-sided and exact: McNemar with one seed each, else sign flips of the questions' mean \
-differences (of clusters' sums where questions form any). Holm's adjustment covers the {family} \
-pairs of this comparison.
+differences; where questions form clusters, sign flips of the clusters' sums, of single seeds too. \
+Holm's adjustment covers the {family} pairs of this comparison.
 - **verdict**: "equivalent": two one-sided tests at a margin of {margin} points, p adjusted by \
 Holm as a family of its own; "better", "worse": the interval lies beside 0 and p (Holm) is below \
 {alpha:.2g}; otherwise "undecided". "n needed" questions would show equivalence with 80 % power if \

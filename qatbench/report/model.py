@@ -127,7 +127,7 @@ class ArmResult(CheckpointFacts):
     right: tuple[int, ...]  # per seed
     accuracies: tuple[float, ...]  # per seed: right / n
     accuracy: float  # mean over seeds
-    low: float  # 95 % Wilson interval of n questions around the mean accuracy
+    low: float  # 95 % Wilson interval of n questions, each taken alone, around the mean accuracy
     high: float  # with several seeds as wide as with one: the same questions were asked again
     spread: float | None  # standard deviation over seeds (n - 1); None with one seed
     chance: float | None  # accuracy of a uniform guess; None where the options were not recorded
@@ -175,7 +175,7 @@ class SeedPair(Record):
     reference_seed: int
     lost: int  # the reference is right, the arm is not
     gained: int  # the arm is right, the reference is not
-    p: float  # exact McNemar, two-sided
+    p: float  # two-sided, exact: McNemar; sign flips by cluster where questions form any
 
 
 class PairResult(Record):
@@ -186,7 +186,7 @@ class PairResult(Record):
     difference: float
     low: float  # percentile bootstrap over questions
     high: float
-    p: float  # two-sided, exact: sign flips of the question means; McNemar when both have one seed
+    p: float  # two-sided, exact: sign flips by question (McNemar with one seed each) or cluster
     p_holm: float  # adjusted over every pair of the comparison, all tasks together
     p_equivalence: float | None = None  # the larger of two one-sided tests at the margin
     p_equivalence_holm: float | None = None  # adjusted over the same pairs, a family of its own
@@ -245,7 +245,7 @@ class Definition(Record):
     recipe: str | None
     model: Setting = ()  # what the arms without a method are: the 16-bit model
     kernel: Setting = ()  # class of the linear that multiplied
-    cluster: str = "question"  # what is resampled: question, image or template
+    cluster: str = "question"  # what is resampled: `--cluster`, and what of it stands alone
 
 
 class TaskComparison(Record):
