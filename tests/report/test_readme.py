@@ -197,3 +197,17 @@ def test_the_number_of_pairs_is_the_committed_one() -> None:
         pytest.skip("results/mini is not in this copy")
     pairs = json.loads(file.read_text())["tasks"][0]["definition"]["family_size"]
     assert f"correction for {pairs} pairs" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_no_committed_share_won_back_is_without_bounds() -> None:
+    rows = [
+        row
+        for path in sorted((ROOT / "results").glob("*/comparison.json"))
+        for task in json.loads(path.read_text(encoding="utf-8"))["tasks"]
+        for row in task["recovery"]
+        if row["share"] is not None
+    ]
+    if not rows:
+        pytest.skip("no results are in this copy")
+    for row in rows:
+        assert -5 < row["low"] <= row["share"] <= row["high"] < 5, row
