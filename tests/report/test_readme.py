@@ -199,6 +199,31 @@ def test_the_number_of_pairs_is_the_committed_one() -> None:
     assert f"correction for {pairs} pairs" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_guessing_and_the_lead_at_3_bits_are_the_committed_ones() -> None:
+    files = [ROOT / "results" / name / "comparison.json" for name in ("smol-scienceqa", "mini")]
+    pretraining = ROOT / "results" / "mini-pretraining" / "README.md"
+    if not all(file.is_file() for file in (*files, pretraining)):
+        pytest.skip("results/ is not in this copy")
+    smol, mini = (json.loads(file.read_text())["tasks"][0] for file in files)
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"Guessing gives {100 * smol['arms'][0]['chance']:.1f}." in text
+    four, three = smol["contests"]
+    assert four["verdict"] == "undecided"
+    assert (three["arm"], three["verdict"]) == ("grace-w3", "better")
+    lead, low, high = (round(100 * three[key], 1) for key in ("difference", "low", "high"))
+    assert f"at 3 bits GRACE is {lead} points above the best PTQ" in text
+    assert f"({lead:+} [{low:+}, {high:+}], p <0.001)" in text
+    assert three["p_holm"] < 0.001
+    rows = re.findall(r"^\| scienceqa \| options.*$", pretraining.read_text(), re.MULTILINE)
+    asked, guess, student, teacher = (cell.split()[0] for cell in rows[0].split(" | ")[2:])
+    assert guess == f"{100 * mini['arms'][0]['chance']:.1f}"
+    told = f"`mini/student` at 16 bits {student}, its teacher {teacher}, guessing {guess};"
+    assert f"on the {asked} questions of the drawn benchmark, {told}" in text
+    parts = [row for row in mini["ablations"] if row["part"] == "distillation"]
+    assert len(parts) == 3  # "nowhere GRACE above QAT"
+    assert "helps" not in {row["verdict"] for row in parts}
+
+
 def test_no_committed_share_won_back_is_without_bounds() -> None:
     rows = [
         row
