@@ -17,6 +17,7 @@ from qatbench.quant.packing import Affine
 from qatbench.vlm import load as models
 from qatbench.vlm.batch import Encoded, arithmetic
 from qatbench.vlm.generate import begin, tell
+from qatbench.vlm.hollow import load_around
 from qatbench.vlm.load import Loaded, ModelFolder
 from qatbench.vlm.packed import affine_state
 
@@ -153,4 +154,4 @@ def load(
     if not folder.quantization or not device.startswith("cuda"):
         return FastRunner(models.load(folder, device=device, dtype=dtype), None, progress)
     rest, packed = affine_state(folder.path, folder.quantization, folder.arch, device)
-    return FastRunner(models.load_around(folder, rest, packed, device, dtype), packed, progress)
+    return FastRunner(load_around(folder, rest, packed, device, dtype), packed, progress)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qatbench.errors import ShapeError
-from qatbench.quant.packing import WORD, pack_fields
+from qatbench.quant.fields import WORD, pack_fields
 
 WEIGHTS = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
 SCALES = {"gptq": "scales", "awq": "scales", "compressed-tensors": "weight_scale"}

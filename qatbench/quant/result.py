@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from qatbench.errors import NumericsError, UsageError
+from qatbench.quant.fields import pack_awq_fields, pack_fields
 from qatbench.quant.grid import Grid, round_scales
-from qatbench.quant.packing import pack_awq_fields, pack_fields, pack_gptq
+from qatbench.quant.packing import pack_gptq
 
 Layout = Literal["auto", "gptq", "awq"]
 """How a user names the tensors of a checkpoint; `auto` is what the method's checkpoints have."""

@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -235,35 +234,14 @@ def check_loading_info(path: Path, info: dict[str, Any]) -> None:
             )
 
 
-def load_around(
-    folder: ModelFolder,
-    state: dict[str, torch.Tensor],
-    hollow: Iterable[str],
-    device: str,
-    dtype: torch.dtype,
-) -> Loaded:
-    """Load a packed checkpoint but for its packed linears, whose weights are left empty.
-
-    `state` stands for its files (`packed.affine_state`), `hollow` names those linears.
-
-    Raises: ArtifactError when a weight is missing or left over.
-    """
-    quiet_libraries()
-    model, info = _load_state(folder, state, dtype)
-    check_loading_info(folder.path, info)
-    for name in hollow:
-        model.get_submodule(name).weight = nn.Parameter(torch.empty(0, dtype=dtype))
-    tokenizer, processor = load_tokenizer(folder)
-    return Loaded(folder, model.to(device).eval(), tokenizer, processor, "packed")
-
-
 def _load_dense(folder: ModelFolder, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    return _load_state(folder, dequantized_state(folder.path, folder.quantization or {}), dtype)
+    return load_state(folder, dequantized_state(folder.path, folder.quantization or {}), dtype)
 
 
-def _load_state(
+def load_state(
     folder: ModelFolder, state: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> tuple[Any, dict[str, Any]]:
+    """A dense model of the folder's config from these tensors, with transformers' loading info."""
     config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

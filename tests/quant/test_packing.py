@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from qatbench.errors import ArtifactError, NumericsError, ShapeError, UsageError
+from qatbench.quant.fields import pack_fields, unpack_fields
 from qatbench.quant.grid import Grid, dequantize, round_scales
 from qatbench.quant.packing import (
     dequantize_awq,
     dequantize_gptq,
     pack_awq,
-    pack_fields,
     pack_gptq,
     unpack_awq,
-    unpack_fields,
     unpack_gptq,
 )
 

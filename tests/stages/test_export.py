@@ -19,8 +19,8 @@ from torch import Tensor
 
 from qatbench.errors import ArtifactError, NumericsError, PrerequisiteError, QatbenchError
 from qatbench.quant import rtn
+from qatbench.quant.fields import AWQ_ORDER
 from qatbench.quant.grid import Grid
-from qatbench.quant.packing import AWQ_ORDER
 from qatbench.quant.result import Quantized, QuantizedLinear
 from qatbench.stages import export, proof
 from qatbench.stages import quantize as stage

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qatbench.quant.fields import pack_fields
 from qatbench.quant.grid import Grid, quantize, search_scales
-from qatbench.quant.packing import dequantize_awq, dequantize_gptq, pack_fields
+from qatbench.quant.packing import dequantize_awq, dequantize_gptq
 from qatbench.quant.result import QuantizedLinear
 from qatbench.stages.proof import RELOAD_BOUND
 
