@@ -55,6 +55,10 @@ def eval_command(
     kernel: Annotated[
         Literal["auto", "library", "dense"], typer.Option(help="How packed linears multiply.")
     ] = "auto",
+    engine: Annotated[
+        Literal["auto", "transformers", "qatbench"],
+        typer.Option(help="What writes answers in generate mode."),
+    ] = "auto",
     max_errors: Annotated[
         float, typer.Option(min=0, max=1, help="Share of error rows allowed.")
     ] = 0.01,
@@ -83,6 +87,7 @@ def eval_command(
         mode=mode,
         dtype=dtype,
         kernel=kernel,
+        engine=engine,
         limit=limit,
         images=images,
         seed=seed,
@@ -119,8 +124,8 @@ def _workers(
     repeated += [("--data", one) for one in data or []]
     same = same_options(
         mode=settings.mode, limit=settings.limit, images=settings.images, dtype=settings.dtype,
-        batch_size=settings.batch_size, kernel=settings.kernel, seed=settings.seed,
-        device=settings.device,
+        batch_size=settings.batch_size, kernel=settings.kernel, engine=settings.engine,
+        seed=settings.seed, device=settings.device,
     )  # fmt: skip
     line = ("eval", model, "--out", str(out), *(part for two in repeated for part in two), *same)
     parts = range(1, jobs + 1) if jobs > 1 else ()

@@ -58,6 +58,13 @@ class Cache:
         """Places a row."""
         return self.keys.shape[3]
 
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone: (n,) int64."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.start, self.filled, self.turned = (
+            of_row[rows] for of_row in (self.start, self.filled, self.turned)
+        )
+
     def bytes(self) -> int:
         """Of keys and values, room included."""
         return 2 * self.keys.numel() * self.keys.element_size()

@@ -29,6 +29,7 @@ class _State:
     cache: Cache
     token: Tensor
     left: int  # tokens that can still be told
+    room: int  # of the step: tokens that it can tell
     step: Step | None
     rope: tuple[Tensor, Tensor] | None
 
@@ -53,6 +54,8 @@ class FastRunner:
             self.fused = Fused(self.decoder, packed or {})
         elif packed:
             raise UsageError("packed weights are for CUDA in bfloat16", hint="--dtype bfloat16")
+        # A graph is captured for its rows: fewer rows are worth another when half have ended.
+        self.at_once, self.shrinks_at = (8, 0.5) if self.fused else (1, 1.0)
         self.kernel = type(self.decoder.layers[0].mlp.down_proj).__name__
         self.attention = "sdpa, filled part"
         if self.fused:
@@ -82,10 +85,10 @@ class FastRunner:
         step = rope = None
         if self.fused:
             self._choose(rows)
-            step = Step(self.fused, cache, token, room)
+            step = Step(self.fused, cache, token, room - 1)
         else:
             rope = self.decoder.rope(length + room + 1)
-        return Started(first, room, _State(cache, token, room - 1, step, rope))
+        return Started(first, room, _State(cache, token, room - 1, room - 1, step, rope))
 
     def _check(self, length: int, room: int) -> None:
         most = self.loaded.model.config.get_text_config().max_position_embeddings
@@ -111,7 +114,7 @@ class FastRunner:
         state: _State = started.state
         if count > state.left:
             raise UsageError(f"{count} tokens asked for, there is room for {state.left}")
-        told = started.room - 1 - state.left
+        told = state.room - state.left
         state.left -= count
         if state.step:
             state.step.replay(count)
@@ -123,7 +126,20 @@ class FastRunner:
             self.last = logits
             state.token = logits.float().argmax(-1)
             found.append(state.token)
-        return torch.stack(found, 1)
+        return torch.stack(found, 1) if found else started.first.new_empty(len(state.token), 0)
+
+    @torch.inference_mode()
+    def keep(self, started: Started, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch alone."""
+        state: _State = started.state
+        chosen = torch.tensor(rows, device=self.loaded.device)
+        state.cache.keep(chosen)
+        state.token = state.token[chosen]
+        if state.step:
+            assert self.fused
+            self._choose(len(rows))
+            state.room = state.left
+            state.step = Step(self.fused, state.cache, state.token, state.room)
 
     def weight_bytes(self) -> int:
         """Bytes of all weights on the device; the room for dense products is not one."""

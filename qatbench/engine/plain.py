@@ -12,7 +12,7 @@ from qatbench.engine.runner import Started
 from qatbench.errors import UsageError
 from qatbench.vlm import load as models
 from qatbench.vlm.batch import Encoded
-from qatbench.vlm.generate import Decoding, begin, tell
+from qatbench.vlm.generate import Decoding, begin, keep, tell
 from qatbench.vlm.load import Loaded, ModelFolder
 
 
@@ -20,6 +20,7 @@ class PlainRunner:
     """What `from_pretrained` gives and nothing else; its tokens are those of `vlm.generate`."""
 
     engine = "transformers"
+    at_once, shrinks_at = 1, 1.0
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded = loaded
@@ -42,6 +43,10 @@ class PlainRunner:
             raise UsageError(f"{count} more tokens asked for, and there is room for {left}")
         told = [tell(self.loaded, batch) for _ in range(count)]
         return torch.stack(told, 1) if told else started.first.new_empty(len(started.first), 0)
+
+    def keep(self, started: Started, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch alone."""
+        keep(started.state, rows)
 
     def weight_bytes(self) -> int:
         """Bytes of all weights on the device."""

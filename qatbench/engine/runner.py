@@ -32,6 +32,8 @@ class Runner(Protocol):
     engine: str  # "transformers" or "qatbench"
     kernel: str  # of the language model's linears at decoding: a class or a kernel's name
     attention: str  # of decoding
+    at_once: int  # tokens that are best asked for at a time
+    shrinks_at: float  # share of a batch's rows at which it pays to go on with those alone
 
     def start(self, prompts: Sequence[Encoded], room: int) -> Started:
         """Read a batch of prompts, pictures included, and make room for `room` tokens a row."""
@@ -41,6 +43,9 @@ class Runner(Protocol):
 
         Called again it goes on. Raises: UsageError beyond the room.
         """
+
+    def keep(self, started: Started, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch alone, in this order."""
 
     def weight_bytes(self) -> int:
         """Bytes of all weights on the device: language model, embeddings, vision, scales."""

@@ -13,7 +13,7 @@ from qatbench.errors import PrerequisiteError
 from qatbench.records import Prediction, Question
 from qatbench.stages.common import Progress
 from qatbench.vlm import answer, layout
-from qatbench.vlm.answer import Item, Key, Mode
+from qatbench.vlm.answer import Item, Key, Mode, Writer
 from qatbench.vlm.batch import Encoder
 from qatbench.vlm.load import Loaded, ModelFolder
 
@@ -57,11 +57,12 @@ def answer_all(
     partial: Path,
     progress: Progress,
     batching: Batching = Batching(),  # noqa: B008 (immutable)
+    write: Writer | None = None,
 ) -> Answered:
     """Answer all questions, batch by batch, appending to `partial`.
 
-    What is collected already is kept; its errors are tried again. Of a part of the batches only
-    their rows come back.
+    `write` is what writes answers in generate mode, the plain model if None. What is collected
+    already is kept; its errors are tried again. Of a part of the batches only their rows come back.
     """
     encoder = Encoder(loaded)
     progress("Reading the questions", 0, 0)
@@ -78,7 +79,7 @@ def answer_all(
     todo = [batch for batch in batches if batch[0].key not in done]
     with own.open("a", encoding="utf-8") as stream:
         for batch, prompts in answer.ahead(encoder, todo):
-            rows = answer.answer(encoder, batch, prompts)
+            rows = answer.answer(encoder, batch, prompts, write)
             done |= {(row.task, row.id): row for row in rows}
             stream.write(store.as_lines(rows))
             stream.flush()

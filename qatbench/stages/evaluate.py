@@ -20,6 +20,7 @@ import torch
 from qatbench import store
 from qatbench.errors import ArtifactError, UsageError
 from qatbench.records import Question
+from qatbench.stages.answerer import answerer, check_engine
 from qatbench.stages.answering import (
     PARTIAL,
     Batching,
@@ -50,6 +51,7 @@ class EvalSettings:
     mode: Literal["options", "generate"] = "options"
     dtype: str | None = None
     kernel: Literal["auto", "library", "dense"] = "auto"
+    engine: Literal["auto", "transformers", "qatbench"] = "auto"
     limit: int | None = None
     images: Images = "shown"
     seed: int = 0
@@ -74,6 +76,7 @@ class EvalSettings:
                 "limit": self.limit,
                 "seed": self.seed if self.limit else None,
             }
+            | ({"engine": self.engine} if self.engine != "auto" else {})
             | ({"missing_images": missing} if missing else {})
             | self._control()
         )
@@ -135,11 +138,13 @@ def evaluate(
     if jobs:
         run_jobs(jobs, len(jobs), out / LOGS, progress)
     progress("Loading the model", 0, 0)
-    loaded = models.load(model, device=device, dtype=dtype, kernel=_kernel(settings, model))
+    teller = answerer(settings, model, device, dtype, progress)
+    loaded = teller.loaded
     answered = answered if jobs else time.monotonic()
     rows, now = answer_all(
-        loaded, asked, settings.protocol, settings.mode, out / PARTIAL, progress, batching
-    )
+        loaded, asked, settings.protocol, settings.mode, out / PARTIAL, progress, batching,
+        teller.write,
+    )  # fmt: skip
     seconds = time.monotonic() - answered
     write_predictions(rows, out, paths)
     check_errors(rows, settings.max_errors)
@@ -152,7 +157,7 @@ def evaluate(
         seconds=time.monotonic() - started,
         machine=models.machine(device),
         figures={
-            "kernel": models.kernel_name(loaded),
+            **teller.record,
             "prompt_form": Encoder(loaded).form,
             "dtype": str(dtype).removeprefix("torch."),
             "batch_size": settings.batch_size or f"{batching.tokens} padded tokens",
@@ -185,15 +190,19 @@ def evaluate_part(
         device = f"cuda:{part[0] % torch.cuda.device_count()}"
     dtype = models.pick_dtype(settings.dtype, device)
     tokens = int(store.read_json(out / BATCHING)["tokens"])
-    loaded = models.load(model, device=device, dtype=dtype, kernel=_kernel(settings, model))
+    teller = answerer(settings, model, device, dtype, progress)
     batching = Batching(settings.batch_size, tokens, part)
-    answer_all(loaded, asked, settings.protocol, settings.mode, out / PARTIAL, progress, batching)
+    answer_all(
+        teller.loaded, asked, settings.protocol, settings.mode, out / PARTIAL, progress, batching,
+        teller.write,
+    )  # fmt: skip
 
 
 def _asked(
     model: ModelFolder, settings: EvalSettings, paths: Mapping[str, str]
 ) -> dict[str, list[Question]]:
     """What is asked, pictures as the control wants them."""
+    check_engine(settings)
     asked = questions_of(settings.selectors, paths, settings.limit, settings.seed)
     asked = {
         name: with_images(rows, settings.images, settings.seed) for name, rows in asked.items()
@@ -261,16 +270,6 @@ def _finished(out: Path) -> dict[str, Any]:
             raise ArtifactError(f"{file} is gone", hint="delete the folder, evaluate again")
     store.read_predictions(predictions)
     return store.read_json(out / store.PROVENANCE)
-
-
-def _kernel(settings: EvalSettings, model: ModelFolder) -> str:
-    """`auto` is the library's kernel at 4 and 8 bits, else dense.
-
-    The library has no integer kernel at 3 and 2 bits and would dequantize at every forward.
-    """
-    if settings.kernel != "auto":
-        return settings.kernel
-    return "library" if (model.quantization or {}).get("bits", 4) in (4, 8) else "dense"
 
 
 def refuse_images(model: ModelFolder, asked: Mapping[str, Sequence[Question]]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -26,6 +26,8 @@ from qatbench.vlm.generate import generate
 from qatbench.vlm.scoring import OptionRow, score_options
 
 Mode = Literal["options", "generate"]
+Writer = Callable[[Sequence[Encoded], int], list[str]]
+"""Prompts and a limit of tokens -> greedy responses."""
 Key = tuple[str, str]
 """(task, id): what names a question."""
 DIGITS = 6  # of a score, nats
@@ -141,18 +143,22 @@ def pictured(encoder: Encoder, batch: Sequence[Item]) -> list[Encoded]:
 
 
 def answer(
-    encoder: Encoder, batch: Sequence[Item], prompts: Sequence[Encoded] | None = None
+    encoder: Encoder,
+    batch: Sequence[Item],
+    prompts: Sequence[Encoded] | None = None,
+    write: Writer | None = None,
 ) -> list[Prediction]:
     """Answer one batch; out of GPU memory, answer its halves.
 
-    `prompts` are those of `pictured`; they are made here if None.
+    `prompts` are those of `pictured`; they are made here if None. `write` is what writes answers in
+    generate mode, the plain model if None.
 
     Raises: NumericsError when a score is not finite; PrerequisiteError when a single question
         does not fit into memory.
     """
     prompts = pictured(encoder, batch) if prompts is None else prompts
     try:
-        return _answer(encoder, batch, prompts)
+        return _answer(encoder, batch, prompts, write)
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise PrerequisiteError(
@@ -162,11 +168,11 @@ def answer(
         torch.cuda.empty_cache()
     middle = len(batch) // 2
     halves = (batch[:middle], prompts[:middle]), (batch[middle:], prompts[middle:])
-    return [row for half in halves for row in answer(encoder, *half)]
+    return [row for half in halves for row in answer(encoder, *half, write)]
 
 
 def _answer(
-    encoder: Encoder, batch: Sequence[Item], prompts: Sequence[Encoded]
+    encoder: Encoder, batch: Sequence[Item], prompts: Sequence[Encoded], write: Writer | None
 ) -> list[Prediction]:
     if batch[0].error:
         return [_row(item, status="error", error=item.error) for item in batch]
@@ -174,7 +180,8 @@ def _answer(
         rows = [OptionRow(p, item.answers or []) for p, item in zip(prompts, batch, strict=True)]
         scores = score_options(encoder.loaded, rows)
         return [_scored(item, some) for item, some in zip(batch, scores, strict=True)]
-    texts = generate(encoder.loaded, prompts, batch[0].protocol.max_new_tokens)
+    limit = batch[0].protocol.max_new_tokens
+    texts = write(prompts, limit) if write else generate(encoder.loaded, prompts, limit)
     return [_extracted(item, text.strip()) for item, text in zip(batch, texts, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Packed checkpoints whose packed linears stay packed: the rest of the model, loaded around them."""
+"""Packed checkpoints whose packed linears stay packed: the rest of a model, loaded around them."""
 
 from __future__ import annotations
 

@@ -234,9 +234,9 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
     original = answer.answer
 
-    def watched(encoder: Any, batch: Any, prompts: Any = None) -> list[Prediction]:
+    def watched(encoder: Any, batch: Any, *more: Any) -> list[Prediction]:
         asked.extend(item.question.id for item in batch)
-        return original(encoder, batch, prompts)
+        return original(encoder, batch, *more)
 
     monkeypatch.setattr(answer, "answer", watched)
     return asked
