@@ -93,12 +93,13 @@ class QuantizedLinear:
                 hint="calibrate in float32 (--dtype float32, the default)",
             )
         shape = (*scales.shape, -1)
-        steps = weight.float().reshape(shape) / scales.float()[..., None]
-        exact = steps + zeros.float()[..., None]
+        exact = weight.float().reshape(shape) / scales.float()[..., None]
+        exact += zeros.float()[..., None]
         fields = exact.round()
-        off = (exact - fields).abs().max().item()
-        inside = fields.min().item() >= 0 and fields.max().item() < 2**grid.bits
-        if off > 5e-3 + coarse or not inside:
+        least, most = fields.aminmax()
+        farthest = exact.sub_(fields).abs_().max()
+        off, low, high = torch.stack((farthest, least, most)).tolist()  # waits for the device once
+        if not (off <= 5e-3 + coarse and low >= 0 and high < 2**grid.bits):
             raise NumericsError(f"{name}: weights are {off:.3f} of a step off the grid")
         return cls(
             fields.to(torch.uint8).flatten(1),
