@@ -16,20 +16,18 @@ AutoRound against its library: benchmarks/autoround_time.py. `--backend` is the 
 the INT4 checkpoint on a GPU: left to itself it may want to download or compile another for minutes.
 
     python benchmarks/real_shapes.py [ptq] [whole] [--method M ...] [--model M ...] [--samples 128]
-        [--rounds 2] [--tiny] [--backend gptq_triton] [--json FILE]
+        [--rounds 3] [--tiny] [--backend gptq_triton] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +40,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 import tiny  # noqa: E402
 import train_step  # noqa: E402
 from kept import show  # noqa: E402
+from solving import Phases, measured, touch, watched  # noqa: E402
 
 from qatbench.quant import backends  # noqa: E402
 from qatbench.quant.grid import Grid  # noqa: E402
@@ -95,61 +94,6 @@ def build(kind: str, folder: Path, small: bool, layers: int | None, device: str)
     return models.find(str(folder))
 
 
-@contextlib.contextmanager
-def loading(into: dict[str, Any]) -> Iterator[None]:
-    """Seconds that the library takes to load the model."""
-    load = backends._load
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        started = time.monotonic()
-        model = load(*args, **kwargs)
-        into["loading_seconds"] = round(time.monotonic() - started, 2)
-        return model
-
-    backends._load = timed
-    try:
-        yield
-    finally:
-        backends._load = load
-
-
-def touch(gigabytes: int) -> None:
-    """Write to so much host memory, and give it back."""
-    blocks = [torch.ones(1 << 30, dtype=torch.uint8) for _ in range(gigabytes)]
-    del blocks
-
-
-@contextlib.contextmanager
-def measured(into: dict[str, Any]) -> Iterator[None]:
-    """Seconds and peak GB (1e9 bytes) of what is done inside."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    started = time.monotonic()
-    yield
-    into["seconds"] = round(time.monotonic() - started, 1)
-    if torch.cuda.is_available():
-        into["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-
-
-class Phases:
-    """When each thing that the verb tells of itself began."""
-
-    def __init__(self) -> None:
-        self.started = {"reading": time.monotonic()}
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Told by the verb."""
-        self.started.setdefault(what, time.monotonic())
-
-    def seconds(self) -> dict[str, float]:
-        """Of each, until the next began."""
-        ends = [*list(self.started.values())[1:], time.monotonic()]
-        spans = zip(self.started.items(), ends, strict=True)
-        return {what: round(end - start, 1) for (what, start), end in spans}
-
-
 # --- four layers, every PTQ method ----------------------------------------------------------------
 
 
@@ -194,7 +138,7 @@ class Setup:
         """By the verb: seconds of all and of solving, peak memory, phases."""
         found: dict[str, Any] = {}
         phases = Phases()
-        with measured(found), loading(found):
+        with measured(found), watched(found):
             record = stage.quantize(
                 self.folder, self.settings, self.data, out, resume=False, progress=phases
             )
@@ -209,7 +153,7 @@ class Setup:
         del loaded
         method, grid = self.settings.method, Grid(4, self.settings.group_size)
         found: dict[str, Any] = {}
-        with measured(found), loading(found):
+        with measured(found), watched(found):
             solving = DIRECTLY[method](method, self.folder, batches, grid, self.device)
         return found | {"solving_seconds": round(solving, 1)}
 
@@ -232,11 +176,15 @@ def ptq(
             setup = Setup(folder, settings, data, device)
             ways = ["ours", "library"] if method in DIRECTLY else ["ours"]
             found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
-            for at in range(rounds):
+            first = -1 if method in DIRECTLY else 0  # before the rounds, to make all ready
+            for at in range(first, rounds):
                 for way in ways[:: 1 if at % 2 == 0 else -1]:
                     out = root / f"{method}-{at}"
-                    found[way].append(setup.ours(out) if way == "ours" else setup.library())
-                    print(way, json.dumps(found[way][-1]), file=sys.stderr, flush=True)
+                    run = setup.ours(out) if way == "ours" else setup.library()
+                    told = way if at >= 0 else f"{way}, before the rounds"
+                    print(told, json.dumps(run), file=sys.stderr, flush=True)
+                    if at >= 0:
+                        found[way].append(run)
             rows.append({"method": method} | found | _summary(found, layers))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
@@ -252,6 +200,12 @@ def _summary(found: dict[str, list[dict[str, Any]]], layers: int) -> dict[str, A
         for name, figure in (("solving", "solving_seconds"), ("verb", "seconds")):
             ratio = middle("ours", figure) / middle("library", figure)
             summary[f"{name}_over_library"] = round(ratio, 2)
+    for way, runs in found.items():
+        if names := runs[0].get("regions"):
+            summary[f"regions_{way}"] = {
+                name: round(statistics.median(run["regions"].get(name, 0.0) for run in runs), 2)
+                for name in names
+            }
     return summary
 
 
@@ -318,7 +272,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", default=["gptq", "awq", "autoround"])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS, help="of `whole`")
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=2, help="of `ptq`, in turns")
+    parser.add_argument("--rounds", type=int, default=3, help="of `ptq`, in turns")
     parser.add_argument("--backend", default="gptq_triton", help="kernel of the INT4 checkpoint")
     parser.add_argument("--tiny", action="store_true", help="a smoke test of small sizes, any CPU")
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -335,7 +289,8 @@ def main() -> None:
     if "ptq" in wanted:
         if not given.tiny:
             touch(TOUCHED)
-            ptq(given.method, 4, False, device, 1, layers=1)
+            uncompared = [method for method in given.method if method not in DIRECTLY]
+            ptq(uncompared, 4, False, device, 1, layers=1)
         found["ptq"] = ptq(given.method, given.samples, given.tiny, device, given.rounds)
     if "whole" in wanted:
         kinds = given.model
