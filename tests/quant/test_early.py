@@ -113,3 +113,13 @@ def test_scales_of_another_shape_are_refused() -> None:
     weight, scales = torch.zeros(4, 2 * tiny.GROUP), torch.ones(2, 4)
     with pytest.raises(NumericsError, match=r"x: scales \(2, 4\) instead of \(4, 2\)"):
         codes(weight, scales, scales, GRID, "x")
+
+
+def test_no_bars_are_drawn(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under pytest the library draws none by itself."""
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    drawn: list[Any] = []
+    bar = importlib.import_module("logbar.progress").ProgressBar
+    monkeypatch.setattr(bar, "draw", lambda self, *args, **kwargs: drawn.append(self))
+    solve(folder, list(layout.linear_shapes(folder.config)))
+    assert not drawn
