@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,12 @@ def dequantized_state(path: Path, settings: Mapping[str, Any]) -> dict[str, Tens
         when packed tensors do not belong together.
     """
     tensors = _tensors(path)
-    method, bits, size = _settings(settings)
-    for name in _packed_names(tensors):
-        present = _taken(tensors, name)
-        if method == "gptq":
-            v2 = settings.get("checkpoint_format") == "gptq_v2"
-            weight = dequantize_gptq(present, bits, size, v2=v2, name=name)
-        elif method == "awq" and bits == 4 and len(present) == len(_PACKED) - 1:
-            weight = dequantize_awq(
-                present["qweight"], present["qzeros"], present["scales"], size, name=name
-            )
+    form = _Form(settings)
+    for name, present in form.linears(path, tensors):
+        if form.method == "gptq":
+            weight = dequantize_gptq(present, form.bits, form.size, v2=form.v2, name=name)
         else:
-            raise ArtifactError(f"{path}: cannot unpack {bits}-bit {method}")
+            weight = dequantize_awq(*form.awq(present), name=name)
         tensors[f"{name}.weight"] = weight
     return tensors
 
@@ -59,19 +53,14 @@ def affine_state(
         ArtifactError for a packed linear outside the language model's layers.
     """
     tensors = _tensors(path)
-    method, bits, size = _settings(settings)
+    form = _Form(settings)
     found: dict[str, Affine] = {}
-    for name in _packed_names(tensors):
-        present = {part: value.to(device) for part, value in _taken(tensors, name).items()}
-        if method == "gptq":
-            v2 = settings.get("checkpoint_format") == "gptq_v2"
-            affine = affine_gptq(present, bits, size, v2=v2, name=name)
-        elif method == "awq" and bits == 4 and len(present) == len(_PACKED) - 1:
-            affine = affine_awq(
-                present["qweight"], present["qzeros"], present["scales"], size, name=name
-            )
+    for name, held in form.linears(path, tensors):
+        present = {part: value.to(device) for part, value in held.items()}
+        if form.method == "gptq":
+            affine = affine_gptq(present, form.bits, form.size, v2=form.v2, name=name)
         else:
-            raise ArtifactError(f"{path}: cannot unpack {bits}-bit {method}")
+            affine = affine_awq(*form.awq(present), name=name)
         inside = [spelt for spelt in arch.spellings(name) if under(spelt, (arch.layers,))]
         if not inside:
             raise ArtifactError(f"{path}: {name} is packed and is no linear of {arch.layers}")
@@ -92,17 +81,30 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _settings(settings: Mapping[str, Any]) -> tuple[Any, int, int]:
-    """Method, bits, group size."""
-    bits, size = int(settings.get("bits", 0)), int(settings.get("group_size", 0))
-    return settings.get("quant_method"), bits, size
+class _Form:
+    """How a checkpoint is packed, by its quantization_config."""
 
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.method = settings.get("quant_method")
+        self.bits, self.size = int(settings.get("bits", 0)), int(settings.get("group_size", 0))
+        self.v2 = settings.get("checkpoint_format") == "gptq_v2"
 
-def _packed_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
+    def linears(
+        self, path: Path, tensors: dict[str, Tensor]
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Each packed linear with its tensors, which are taken out.
 
+        Raises: ArtifactError for a format that this project does not write.
+        """
+        for key in [key for key in tensors if key.endswith(".qweight")]:
+            name = key.removesuffix(".qweight")
+            parts = {part: tensors.pop(f"{name}.{part}", None) for part in _PACKED}
+            present = {part: value for part, value in parts.items() if value is not None}
+            awq = self.method == "awq" and self.bits == 4 and len(present) == len(_PACKED) - 1
+            if self.method != "gptq" and not awq:
+                raise ArtifactError(f"{path}: cannot unpack {self.bits}-bit {self.method}")
+            yield name, present
 
-def _taken(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The packed tensors of one linear, taken out."""
-    packed = {part: tensors.pop(f"{name}.{part}", None) for part in _PACKED}
-    return {part: value for part, value in packed.items() if value is not None}
+    def awq(self, present: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, int]:
+        """What unpacking an AWQ linear takes."""
+        return present["qweight"], present["qzeros"], present["scales"], self.size
