@@ -41,6 +41,14 @@ Images = Annotated[
     typer.Option(help="Control: without pictures, or with another question's."),
 ]
 
+Kernel = Annotated[
+    Literal["auto", "library", "dense"], typer.Option(help="How packed linears multiply.")
+]
+Engine = Annotated[
+    Literal["auto", "transformers", "qatbench"],
+    typer.Option(help="What writes answers in generate mode."),
+]
+
 
 def eval_command(
     model: Model,
@@ -52,13 +60,8 @@ def eval_command(
     images: Images = "shown",
     batch_size: BatchSize = None,
     dtype: Dtype = None,
-    kernel: Annotated[
-        Literal["auto", "library", "dense"], typer.Option(help="How packed linears multiply.")
-    ] = "auto",
-    engine: Annotated[
-        Literal["auto", "transformers", "qatbench"],
-        typer.Option(help="What writes answers in generate mode."),
-    ] = "auto",
+    kernel: Kernel = "auto",
+    engine: Engine = "auto",
     max_errors: Annotated[
         float, typer.Option(min=0, max=1, help="Share of error rows allowed.")
     ] = 0.01,

@@ -85,6 +85,7 @@ def examine(
         *packages.rows(installed or packages.Here(), found, request.method),
         *machine.gpus(found, device.startswith("cuda") and request.device is not None),
         *machine.kernels(found, device),
+        machine.engine(found, device),
         *machine.compilers(found, device, request.method),
         machine.cores(),
         _main_memory(),

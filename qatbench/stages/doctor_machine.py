@@ -18,6 +18,7 @@ from qatbench import store
 from qatbench.stages.doctor_rows import Row, State, gb
 
 MARLIN = (8, 0)  # the least compute capability for which the library has Marlin
+ENGINE = (8, 0)  # as `engine.cuda.LEAST`, which imports torch
 MACHETE = (9, 0)  # where it prefers a kernel whose source it has to download
 LITTLE_DISK, NO_DISK = 10e9, 1e9  # bytes
 HUB = "https://huggingface.co"
@@ -91,6 +92,22 @@ def kernels(found: Mapping[str, Any], device: str) -> list[Row]:
         told = "the library tries Machete before Marlin here and downloads its source once"
         rows.append(Row("kernels, first load", "ok", told, "--kernel dense, where that fails"))
     return rows
+
+
+def engine(found: Mapping[str, Any], device: str) -> Row:
+    """Whether the kernels of this project's engine run here: `speed`, `ask`, generate mode."""
+    name = "kernels, engine"
+    if not device.startswith("cuda"):
+        return Row(name, "ok", "steps in torch, the model's own linears: its kernels are CUDA's")
+    capability = _capability(found)
+    if capability < ENGINE:
+        told = f"compute capability {'.'.join(map(str, capability))}, its kernels need 8.0"
+        return Row(name, "warning", told, "--engine transformers")
+    for part in ("nvrtc", "driver"):
+        if why := found.get(part):
+            told = f"its kernels cannot be compiled: {why}"
+            return Row(name, "warning", told, "pip install cuda-bindings, or --engine transformers")
+    return Row(name, "ok", "16 and 4 bits in bfloat16, compiled by NVRTC at first use and kept")
 
 
 def _capability(found: Mapping[str, Any]) -> tuple[int, ...]:

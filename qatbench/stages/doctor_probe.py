@@ -66,6 +66,9 @@ def main() -> None:
         if name == "torch":
             _say({"cuda": _cuda()})
     _say({"triton": _tried(partial(importlib.import_module, "triton"))})
+    for part in ("nvrtc", "driver"):
+        module = f"cuda.bindings.{part}"
+        _say({part: _tried(partial(importlib.import_module, module))})
     kernels: dict[str, str] = {}
     for (method, bits), what in LAYOUTS.items():
         with contextlib.suppress(Exception):

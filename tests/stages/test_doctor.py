@@ -18,6 +18,7 @@ import pytest
 import tiny
 
 from qatbench import cli
+from qatbench.engine import cuda
 from qatbench.errors import PrerequisiteError, UsageError
 from qatbench.stages import doctor, doctor_machine, doctor_packages, doctor_probe
 from qatbench.stages.common import silent
@@ -285,6 +286,18 @@ def test_kernels_by_device() -> None:
     [row] = doctor_machine.kernels({"imports": {"gptqmodel": "ImportError: x"}}, "cpu")
     assert row.state == "warning"
     assert "--kernel dense" in row.fix
+
+
+def test_the_engine_says_what_it_needs() -> None:
+    assert doctor_machine.ENGINE == cuda.LEAST
+    assert doctor_machine.engine({}, "cpu").state == "ok"
+    assert doctor_machine.engine(H100, "cuda").state == "ok"
+    old = doctor_machine.engine(gpu("Tesla T4", 16e9, (7, 5)), "cuda")
+    assert (old.state, old.fix) == ("warning", "--engine transformers")
+    assert "7.5" in old.found
+    missing = doctor_machine.engine(H100 | {"nvrtc": "ImportError: libnvrtc"}, "cuda")
+    assert "libnvrtc" in missing.found
+    assert "cuda-bindings" in missing.fix
 
 
 # --- compilers ----------------------------------------------------------------------------------
