@@ -1,4 +1,4 @@
-"""README's result tables and its two figures, from the committed comparisons.
+"""README's result tables and its two figures, from the committed comparisons and measurements.
 
 Rewrites what stands between `<!-- NAME -->` and `<!-- end -->` in README.md, and docs/figures/.
 `make results` compares all committed runs again first (benchmarks/recompare.py).
@@ -9,14 +9,18 @@ Rewrites what stands between `<!-- NAME -->` and `<!-- end -->` in README.md, an
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from qatbench.report.figures import figures, of_task
 from qatbench.report.model import Comparison
 from qatbench.report.tables import arm_rows, markdown_table
+from qatbench.stages.claim_rules import MemoryTest, SpeedTest, published
+from qatbench.stages.claim_speed import faster, smaller
 from qatbench.stages.report_files import read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,19 +48,60 @@ def mini(comparison: Comparison) -> str:
     return "\n".join([*head, *rows])
 
 
+def engine(figures: Mapping[str, Any]) -> str:
+    """INT4 against 16 bits in the engine and in plain transformers; what that says of claims."""
+    [model] = figures["models"]
+    plain, dense, packed = "transformers bf16", "engine bf16", "engine int4"
+    title = f"LLaVA-1.5-7B's shape, one {figures['device']}"
+    rows = [[title, plain, dense, packed, "INT4 over bf16"], ["---", *["---:"] * 4]]
+    for batch, found in model["decode"].items():
+        told = [f"{found[way]['tokens_per_second']:.0f}" for way in (plain, dense, packed)]
+        rows.append(
+            [f"decoding, batch {batch}, tokens/s", *told, f"{found['int4_over_bf16']:.2f} x"]
+        )
+    found = model["prefill"]
+    told = [f"{found[way]['ms']:.0f}" for way in (plain, dense, packed)]
+    rows.append(["prefill, 8 x 656 tokens, ms", *told, f"{found['int4_over_bf16']:.2f} x"])
+    weights = [model["weights_gb"][way] for way in (plain, dense, packed)]
+    saved = 1 - weights[2] / weights[1]
+    rows.append(["weights, GB", *(f"{gb:.2f}" for gb in weights), f"-{100 * saved:.0f} %"])
+    tests = {one.id: one.test for one in published()}
+    alone = model["decode"]["1"]
+    ends = [alone[dense][a] / alone[packed][b] for a, b in (("min", "max"), ("max", "min"))]
+    speed, memory = tests["throughput"], tests["memory"]
+    assert isinstance(speed, SpeedTest)
+    assert isinstance(memory, MemoryTest)
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return (
+        f"{table}\n\nPublished: {speed.expect_at_least:.0f} x the throughput, here"
+        f" **{faster(*ends, speed.expect_at_least)}**;"
+        f" {100 * memory.expect_at_least:.0f} % less memory, here by the weights"
+        f" **{smaller(saved, memory.expect_at_least)}**."
+    )
+
+
 TABLES: dict[str, Callable[[Comparison], str]] = {"smol-scienceqa": smol, "mini": mini}
+ENGINE = "engine/llava.json"
 FIGURES = {"accuracy": ("smol-scienceqa", 0), "pareto": ("mini", 1)}  # folder, which of a task's
+
+
+def replaced(readme: str, name: str, text: str) -> str:
+    """README.md with another block of a name. Ends the program unless there is one."""
+    block = f"<!-- {name} -->\n{text}\n<!-- end -->"
+    pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
+    readme, count = re.subn(pattern, lambda _: block, readme, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"README.md has {count} places for {name}, not one")
+    return readme
 
 
 def made(results: Path, readme: str) -> dict[str, str]:
     """Path under the root -> text, README.md among them."""
     comparisons = {name: read(results / name) for name in TABLES}
     for name, table in TABLES.items():
-        block = f"<!-- {name} -->\n{table(comparisons[name])}\n<!-- end -->"
-        pattern = rf"<!-- {name} -->\n.*?<!-- end -->"
-        readme, count = re.subn(pattern, lambda _, block=block: block, readme, flags=re.DOTALL)
-        if count != 1:
-            raise SystemExit(f"README.md has {count} places for {name}, not one")
+        readme = replaced(readme, name, table(comparisons[name]))
+    measured = json.loads((results / ENGINE).read_text(encoding="utf-8"))
+    readme = replaced(readme, "engine", engine(measured))
     texts = {"README.md": readme}
     for figure, (name, place) in FIGURES.items():
         comparison = comparisons[name]

@@ -60,12 +60,7 @@ def speed_finding(task: TaskComparison, test: SpeedTest) -> Finding:
         reason = f"by the bytes that a step must move, this model's shape allows {most:.1f} x"
         return Finding(NOT_TESTABLE, here, f"{reason} at most")
     low, high = _ends(first)
-    asked = test.expect_at_least
-    verdict: ClaimVerdict = "undecided"
-    if round(low, 1) >= asked:
-        verdict = "reproduced"
-    elif round(high, 1) < asked:
-        verdict = "contradicted"
+    verdict = faster(low, high, test.expect_at_least)
     limits = f"between {low:.2f} and {high:.2f} over the repeats"
     return Finding(verdict, here, f"{first.ratio:.2f} x, {limits}, on {first.case.on}")
 
@@ -96,8 +91,19 @@ def memory_finding(task: TaskComparison, test: MemoryTest) -> Finding:
             " scales: the rest of its bytes is not quantized"
         )
         return Finding(NOT_TESTABLE, here, reason)
-    enough = round(saved, 2) >= test.expect_at_least  # the published figure is rounded, too
-    return Finding("reproduced" if enough else "contradicted", here, reason)
+    return Finding(smaller(saved, test.expect_at_least), here, reason)
+
+
+def faster(low: float, high: float, asked: float) -> ClaimVerdict:
+    """Whether a ratio that its repeats leave between two ends is the one that was published."""
+    if round(low, 1) >= asked:
+        return "reproduced"
+    return "contradicted" if round(high, 1) < asked else "undecided"
+
+
+def smaller(saved: float, asked: float) -> ClaimVerdict:
+    """Whether a share of memory saved is the published one, which is rounded, too."""
+    return "reproduced" if round(saved, 2) >= asked else "contradicted"
 
 
 def _in_use(

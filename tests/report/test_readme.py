@@ -236,3 +236,21 @@ def test_no_committed_share_won_back_is_without_bounds() -> None:
         pytest.skip("no results are in this copy")
     for row in rows:
         assert -5 < row["low"] <= row["share"] <= row["high"] < 5, row
+
+
+def test_claims_about_speed_follow_from_the_committed_measurement() -> None:
+    table = module("readme_results").engine
+    figures = json.loads((ROOT / "results/engine/llava.json").read_text())
+    assert "**contradicted**; 54 % less memory, here by the weights **reproduced**" in table(
+        figures
+    )
+    alone = figures["models"][0]["decode"]["1"]
+    for way, factor in (("engine bf16", 1.0), ("engine int4", 1 / 3.2)):
+        alone[way] = {key: factor for key in ("ms", "min", "max")} | {"tokens_per_second": 1}
+    figures["models"][0]["weights_gb"]["engine int4"] = 7.0
+    told = table(figures)
+    assert "3 x the throughput, here **reproduced**" in told
+    assert "by the weights **contradicted**" in told
+    alone["engine bf16"]["max"] = 4.0
+    alone["engine bf16"]["min"] = 0.5
+    assert "3 x the throughput, here **undecided**" in table(figures)
