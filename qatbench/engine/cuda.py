@@ -11,8 +11,6 @@ import ctypes
 import functools
 import hashlib
 import importlib
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +108,7 @@ def binary(source: str, defines: Mapping[str, int], capability: tuple[int, int])
     code = (SOURCES / source).read_bytes()
     common = (SOURCES / COMMON).read_bytes()
     nvrtc = _binding("nvrtc")
-    version = ".".join(map(str, _done(nvrtc.nvrtcVersion())))
+    version = _version(nvrtc)
     options = [f"-D{key}={value}" for key, value in sorted(defines.items())]
     options += [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "-std=c++17"]
     digest = hashlib.sha256(b"\0".join([code, common, version.encode(), *map(str.encode, options)]))
@@ -118,22 +116,31 @@ def binary(source: str, defines: Mapping[str, int], capability: tuple[int, int])
     if file.exists():
         return file.read_bytes()
     image = _compiled(nvrtc, source, code, common, options)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent)
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(image)
-    os.replace(temporary, file)
+    store.write_bytes(file, image)
     return image
+
+
+def _version(nvrtc: Any) -> str:
+    try:
+        return ".".join(map(str, _done(nvrtc.nvrtcVersion())))
+    except RuntimeError as error:  # the bindings look for the library at the first call
+        told = str(error).strip().partition("\n")[0]
+        raise PrerequisiteError(
+            f"the engine's kernels need NVRTC: {told}",
+            hint="pip install nvidia-cuda-nvrtc (it comes with torch's CUDA builds)",
+        ) from error
 
 
 def _compiled(nvrtc: Any, source: str, code: bytes, common: bytes, options: list[str]) -> bytes:
     program = _done(nvrtc.nvrtcCreateProgram(code, source.encode(), 1, [common], [COMMON.encode()]))
-    told = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])[0]
-    if int(told):
+    status = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])[0]
+    if int(status):
         log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))
         nvrtc.nvrtcGetProgramLog(program, log)
+        nvrtc.nvrtcDestroyProgram(program)
+        told = log.rstrip(b"\0").decode().strip()
         raise PrerequisiteError(
-            f"NVRTC does not compile {source} with {' '.join(options)}: {log.decode().strip()}",
+            f"NVRTC does not compile {source} with {' '.join(options)}: {told}",
             hint="--engine transformers",
         )
     image = bytes(_done(nvrtc.nvrtcGetCUBINSize(program)))
