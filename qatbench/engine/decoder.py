@@ -71,7 +71,10 @@ class Cache:
 
 
 class Decoder:
-    """The parts of a loaded model's decoder."""
+    """The parts of a loaded model's decoder.
+
+    Raises: UsageError for angles that change with the length, and for windows of attention.
+    """
 
     def __init__(self, loaded: Loaded) -> None:
         model = loaded.model
@@ -85,6 +88,12 @@ class Decoder:
         if kind not in ROPE:
             raise UsageError(
                 f"rotary embedding {kind!r} changes with the length of the text",
+                hint="--engine transformers",
+            )
+        others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        if others:
+            raise UsageError(
+                f"layers of {', '.join(sorted(others))}: the engine attends to all of the text",
                 hint="--engine transformers",
             )
         heads = int(config.num_attention_heads)

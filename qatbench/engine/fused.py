@@ -33,13 +33,15 @@ from qatbench.engine.products import (
     dequantize,
     multiprocessors,
 )
-from qatbench.engine.weights import TILE, Packed, pack
+from qatbench.engine.weights import CHUNK, TILE, Packed, pack
 from qatbench.errors import UsageError
 from qatbench.quant.packing import Affine
 
 JOINED = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)),
           ("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))  # fmt: skip
 """Linears that share their input, joined along the outputs."""
+HEADS = (64, 128, 256)
+"""Head sizes that `attention.cu` takes: a warp's lanes are shared evenly by whole keys."""
 _CHOOSERS = 32  # blocks a row that look for the likeliest token
 
 
@@ -90,6 +92,23 @@ class _Layer:
         return self.qkv, self.out, self.gate_up, self.down
 
 
+def _check(decoder: Decoder) -> None:
+    """Refuse what the kernels would compute wrongly.
+
+    Raises: UsageError.
+    """
+    s, hint = decoder.sizes, "--engine transformers"
+    if s.head not in HEADS or s.hidden % CHUNK:
+        raise UsageError(
+            f"the engine's kernels take heads of 64, 128 or 256, not {s.head}, "
+            f"and a hidden size that is a multiple of {CHUNK}, not {s.hidden}",
+            hint=hint,
+        )
+    act = decoder.inner.config.hidden_act
+    if act not in ("silu", "swish"):
+        raise UsageError(f"the engine's kernels compute SiLU, not {act!r}", hint=hint)
+
+
 class Fused:
     """The decoder of a model on CUDA, its linears joined and, where INT4, packed for the kernels.
 
@@ -102,11 +121,7 @@ class Fused:
     def __init__(self, decoder: Decoder, packed: dict[str, Affine]) -> None:
         self.decoder = decoder
         s = decoder.sizes
-        if s.head % 64 or s.head > 256 or s.hidden % 64:
-            raise UsageError(
-                f"the engine's kernels take heads of 64, 128 or 256, not {s.head}",
-                hint="--engine transformers",
-            )
+        _check(decoder)
         device = decoder.head.weight.device
         self.int4 = bool(packed)
         most = max(
