@@ -1,0 +1,254 @@
+"""The engine on a CPU in fp32 tells plain transformers' tokens; what it does not run it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from engine_types import Ask, Load, Packs
+
+from qatbench.engine import fast, pick
+from qatbench.engine.decoder import ROPE, Decoder
+from qatbench.engine.fast import FastRunner
+from qatbench.engine.fused import Fused
+from qatbench.engine.plain import PlainRunner
+from qatbench.engine.runner import Runner
+from qatbench.errors import UsageError
+from qatbench.quant.packing import Affine
+from qatbench.vlm import load as models
+from qatbench.vlm.batch import Encoded
+from qatbench.vlm.generate import generate
+from qatbench.vlm.load import Loaded, ModelFolder
+
+ATOL = 5e-5  # as tests/vlm/test_scoring.py: fp32, other orders of addition
+NAMES = [*tiny.SAVE, "mini/student"]
+
+
+def told(runner: Runner, prompts: list[Encoded], *counts: int) -> torch.Tensor:
+    """Tokens (rows, 1 + all counts), asked for in so many calls."""
+    started = runner.start(prompts, 1 + sum(counts))
+    parts = [runner.step(started, count) for count in counts]
+    return torch.cat([started.first[:, None], *parts], 1)
+
+
+# --- the same tokens ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_are_those_of_generate(
+    name: str, load: Load, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(name)
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", -1)  # none ends
+    prompts = ask(loaded, 5)
+    assert len(set(map(len, prompts))) > 1  # padded
+    assert {bool(p.pixels) for p in prompts} == ({True, False} if loaded.arch.is_vlm else {False})
+    runner = FastRunner(loaded)
+    together = told(runner, prompts, 7)
+    assert torch.equal(told(runner, prompts, 2, 0, 1, 4), together)
+    assert torch.equal(told(PlainRunner(loaded), prompts, 7), together)
+    texts = loaded.tokenizer.batch_decode(together.tolist(), skip_special_tokens=True)
+    assert texts == generate(loaded, prompts, 8)
+    assert len({tuple(row) for row in together.tolist()}) > 1
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_the_plain_model_on_a_row_alone(
+    name: str, load: Load, ask: Ask
+) -> None:
+    loaded = load(name)
+    prompts, runner = ask(loaded, 3), FastRunner(loaded)
+    tokens = told(runner, prompts, 4)
+    assert runner.last is not None
+    for prompt, row, logits in zip(prompts, tokens.tolist(), runner.last, strict=True):
+        want = loaded.model(**prompt.inputs(row[:-1])).logits[0, -1]
+        torch.testing.assert_close(logits, want, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("family", ["text", "llava"])
+def test_packed_checkpoints_run_with_the_librarys_kernel(
+    family: str, method: str, pack: Packs, ask: Ask
+) -> None:
+    folder = pack(family, method)
+    runner = pick.load("qatbench", folder, device="cpu", dtype=torch.float32)
+    assert isinstance(runner, FastRunner)
+    assert hasattr(runner.decoder.layers[0].mlp.down_proj, "qweight")
+    assert runner.kernel == type(runner.decoder.layers[0].mlp.down_proj).__name__ != "Linear"
+    assert (runner.engine, runner.attention) == ("qatbench", "sdpa, filled part")
+    prompts = ask(runner.loaded, 3)
+    plain = pick.load("transformers", folder, device="cpu", dtype=torch.float32)
+    assert torch.equal(told(runner, prompts, 5), told(plain, prompts, 5))
+
+
+def tiny_llama(**changes: Any) -> Loaded:
+    """A text model with other settings than the family's own."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**tiny.text_sizes(96) | changes)
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    tiny._lively(model, 0).float()
+    folder = ModelFolder("tiny", Path(), config.to_dict(), {})
+    return Loaded(folder, model, SimpleNamespace(pad_token_id=0), None, "dense")
+
+
+ANGLES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 16},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+}  # fmt: skip
+
+
+def turned(kind: str) -> Loaded:
+    return tiny_llama(
+        rope_parameters={"rope_type": kind, "rope_theta": 10000.0}
+        | ANGLES.get(kind, {"factor": 4.0})
+    )
+
+
+def words(*lengths: int) -> list[Encoded]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        Encoded(torch.randint(2, 96, (n,), generator=generator).tolist(), "", {}) for n in lengths
+    ]
+
+
+@pytest.mark.parametrize("kind", ROPE)
+def test_rotary_embeddings_that_are_scaled(kind: str) -> None:
+    loaded = turned(kind)
+    prompts = words(40, 9, 23)
+    runner = FastRunner(loaded)
+    assert torch.equal(told(runner, prompts, 12), told(PlainRunner(loaded), prompts, 12))
+    cos, _ = runner.decoder.rope(4)
+    same = torch.allclose(cos, FastRunner(turned("default")).decoder.rope(4)[0])
+    assert same == (kind == "default")
+
+
+def test_all_and_one_key_value_heads_and_no_token_at_all(load: Load) -> None:
+    for kv in (1, 4):
+        loaded = tiny_llama(num_key_value_heads=kv)
+        prompts = words(3, 1)
+        assert torch.equal(
+            told(FastRunner(loaded), prompts, 6), told(PlainRunner(loaded), prompts, 6)
+        )
+    runner = FastRunner(load("text"))
+    started = runner.start(words(5), 1)
+    assert runner.step(started, 0).shape == (1, 0)
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+def test_bytes_are_those_of_the_weights_and_of_the_whole_room(load: Load) -> None:
+    loaded = load("text")
+    runner = FastRunner(loaded)
+    held = [*loaded.model.parameters(), *loaded.model.buffers()]
+    assert runner.weight_bytes() == sum(tensor.numel() * 4 for tensor in held)
+    token = 2 * tiny.LAYERS * tiny.KV_HEADS * tiny.HEAD * 4
+    started = runner.start(words(3, 1), 4)
+    assert runner.cache_bytes(started) == 2 * token * (3 + 4)
+    runner.step(started, 3)
+    assert runner.cache_bytes(started) == 2 * token * (3 + 4)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_beyond_the_room(load: Load) -> None:
+    runner = FastRunner(load("text"))
+    started = runner.start(words(4), 3)
+    with pytest.raises(UsageError, match="3 tokens asked for, there is room for 2"):
+        runner.step(started, 3)
+    assert runner.step(started, 2).shape == (1, 2)  # the refusal took nothing
+    with pytest.raises(UsageError, match="room for 0"):
+        runner.step(started, 1)
+
+
+def test_beyond_the_positions(load: Load) -> None:
+    runner = FastRunner(load("text"))
+    prompts = words(1020)
+    with pytest.raises(UsageError, match=r"1020 tokens and 5 more are beyond .* 1024") as error:
+        runner.start(prompts, 5)
+    assert error.value.hint == "shorter prompts, or fewer new tokens"
+    assert torch.equal(told(runner, prompts, 3), told(PlainRunner(load("text")), prompts, 3))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_that_change_with_the_length(kind: str) -> None:
+    loaded = tiny_llama()
+    loaded.model.config.rope_parameters["rope_type"] = kind
+    with pytest.raises(UsageError, match=f"'{kind}' changes with the length") as error:
+        FastRunner(loaded)
+    assert error.value.hint == "--engine transformers"
+
+
+def test_attention_through_a_window() -> None:
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        **tiny.text_sizes(96), use_sliding_window=True, sliding_window=8, max_window_layers=1
+    )
+    model = transformers.Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    folder = ModelFolder("tiny", Path(), config.to_dict(), {})
+    loaded = Loaded(folder, model, SimpleNamespace(pad_token_id=0), None, "dense")
+    with pytest.raises(UsageError, match="sliding_attention") as error:
+        FastRunner(loaded)
+    assert error.value.hint == "--engine transformers"
+
+
+def unread(**quantization: Any) -> ModelFolder:
+    """A folder of which only the config is known: nothing of it can be loaded."""
+    config: dict[str, Any] = {"model_type": "llama"}
+    if quantization:
+        config["quantization_config"] = quantization
+    return ModelFolder("tiny", Path("/nowhere"), config, {})
+
+
+def test_widths_and_dtypes_are_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def touched(*arguments: Any, **how: Any) -> Any:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(models, "load", touched)
+    monkeypatch.setattr(fast, "affine_state", touched)
+    with pytest.raises(UsageError, match="16 and 4 bits, not 3") as error:
+        fast.load(unread(bits=3, quant_method="gptq"), device="cpu", dtype=torch.float32)
+    assert error.value.hint == "--engine transformers"
+    for folder in (unread(), unread(bits=4, quant_method="gptq")):
+        for dtype in (torch.float16, torch.float32):
+            with pytest.raises(UsageError, match=f"bfloat16 on CUDA, not {dtype}") as error:
+                fast.load(folder, device="cuda", dtype=dtype)
+            assert error.value.hint == "--dtype bfloat16, or --engine transformers"
+    with pytest.raises(AssertionError, match="loaded"):
+        fast.load(unread(), device="cpu", dtype=torch.float16)
+
+
+def test_packed_fields_are_for_the_kernels_alone(load: Load) -> None:
+    nothing = torch.zeros(1)
+    packed = {"model.layers.0.mlp.down_proj": Affine(nothing, nothing, nothing)}
+    with pytest.raises(UsageError, match="for CUDA in bfloat16") as error:
+        FastRunner(load("text"), packed)
+    assert error.value.hint == "--dtype bfloat16"
+
+
+@pytest.mark.parametrize("head", [32, 96, 192, 512])
+def test_heads_that_the_kernels_do_not_take(head: int) -> None:
+    with pytest.raises(UsageError, match=f"heads of 64, 128 or 256, not {head}") as error:
+        Fused(Decoder(tiny_llama(head_dim=head)), {})
+    assert error.value.hint == "--engine transformers"
+
+
+def test_activations_that_the_kernels_do_not_take() -> None:
+    loaded = tiny_llama(head_dim=64, hidden_act="gelu")
+    prompts = words(7, 3)  # in torch the model's own is used
+    assert torch.equal(told(FastRunner(loaded), prompts, 5), told(PlainRunner(loaded), prompts, 5))
+    with pytest.raises(UsageError, match="'gelu'") as error:
+        Fused(Decoder(loaded), {})
+    assert error.value.hint == "--engine transformers"
