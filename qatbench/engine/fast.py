@@ -66,8 +66,7 @@ class FastRunner:
     def start(self, prompts: Sequence[Encoded], room: int) -> Started:
         """Read a batch of prompts, pictures included, and make room for `room` tokens a row.
 
-        Raises: UsageError where both are longer than the model's positions, or on CUDA for more
-            rows than the kernels take.
+        Raises: UsageError where both are longer than the model's positions.
         """
         length, rows = max(map(len, prompts)), len(prompts)
         self._check(length, room)
