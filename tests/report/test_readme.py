@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import re
+import statistics
 from pathlib import Path
 from types import ModuleType
 
@@ -112,6 +113,59 @@ def test_the_training_step_is_told_as_it_was_measured() -> None:
     told = f"{best['samples_per_second']:.2f} samples of 704 tokens a second at a peak of\n"
     assert told + f"{best['peak_gb']:.1f} GB" in text
     assert "--kept-blocks 10" in text
+
+
+def beginning(rows: list[dict[str, float]]) -> float:
+    """Where the least squares' line of microseconds by bytes begins."""
+    micros = [row["us"] for row in rows]
+    kilobytes = [row["us"] * row["gb_per_second"] for row in rows]
+    return statistics.linear_regression(kilobytes, micros).intercept
+
+
+def test_the_engine_is_told_as_it_was_measured() -> None:
+    file = ROOT / "results" / "engine" / "llava.json"
+    if not file.is_file():
+        pytest.skip("results/engine is not in this copy")
+    record = json.loads(file.read_text())
+    (model,) = record["models"]
+    one, eight, prefill, gb = *model["decode"].values(), model["prefill"], model["weights_gb"]
+    assert list(model["decode"]) == ["1", "8"]
+    engines = ("transformers bf16", "engine bf16", "engine int4")
+    told = {f"one {record['device']}", f"{record['copy_gb_per_second']:.0f} GB/s"}
+    rows = [("decoding, 1 row, ms a token", one, 2), ("decoding, 8 rows, ms a step", eight, 2),
+            ("prefill, 8 rows, ms", prefill, 1)]  # fmt: skip
+    for name, found, digits in rows:
+        cells = " | ".join(f"{found[engine]['ms']:.{digits}f}" for engine in engines)
+        ratio = found["engine bf16"]["ms"] / found["engine int4"]["ms"]
+        assert ratio == pytest.approx(found["int4_over_bf16"])
+        told.add(f"| {name} | {cells} | {ratio:.2f} x |")
+    less = f"{100 * (gb['engine int4'] / gb['engine bf16'] - 1):.0f} %"
+    told.add(f"| weights, GB | {' | '.join(f'{gb[e]:.2f}' for e in engines)} | {less} |")
+    told.add(f"decodes {one['int4_over_transformers']:.0f} x as fast at one row")
+    told.add(f"quote for INT4 is {one['int4_over_bf16']:.2f}.")
+    told.add(f"costs {100 * (1 - prefill['int4_over_bf16']):.0f} % of it")
+    error = model["error"]
+    assert error["of_them_with_a_gap_beyond_the_error"] == 0
+    told.add(f"within {error['largest_over_spread']:.2f} of their spread")
+    told.add(f"of {error['steps']} tokens {error['tokens_that_differ']} differ, none")
+    lines = model["linears"]["1"]
+    shares = [[round(100 * r["gb_per_second"] / record["copy_gb_per_second"]) for r in rows
+               if r["kind"].startswith(kind) and "4096x4096" not in r["kind"]]
+              for rows, kind in zip(lines, ("", "int4"), strict=True)]  # fmt: skip
+    told.add(f"bf16 reaches {min(shares[0])} to {max(shares[0])} % of the bandwidth")
+    smallest = next(r for r in lines[1] if "int4 g128 4096x4096" in r["kind"])
+    least = round(100 * smallest["gb_per_second"] / record["copy_gb_per_second"])
+    told.add(f"INT4 {least} to {max(shares[1])} %")
+    starts = [beginning(rows[:4]) for rows in lines]  # the head is no INT4 product
+    told.add(f"begins at {starts[1]:.1f} us (bf16: {starts[0]:.1f})")
+    page = " ".join((ROOT / "docs" / "engine.md").read_text(encoding="utf-8").split())
+    for words in told:
+        assert words in page, words
+    changes = " ".join((ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split())
+    assert (
+        f"INT4 {one['int4_over_bf16']:.2f} x bf16 in the same engine at batch 1,"
+        f" {eight['int4_over_bf16']:.2f} x at batch 8" in changes
+    )
 
 
 def module(name: str) -> ModuleType:
