@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import struct
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from machine_code import FRAME, REGISTERS, attribute
 
 from qatbench.engine import cuda
 from qatbench.engine.fused import Step
@@ -54,32 +54,6 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 # --- what a kernel takes of a thread's stack, read from its machine code --------------------------
 
-_REGISTERS, _FRAME = 0x2F, 0x11  # EIATTR_REGCOUNT, EIATTR_FRAME_SIZE in `cuobjdump -elf`
-
-
-def attribute(image: bytes, kind: int) -> list[int]:
-    """An attribute of each function of a cubin (ELF64), from its sections `.nv.info`."""
-    (start,) = struct.unpack_from("<Q", image, 0x28)
-    size, count, names = struct.unpack_from("<HHH", image, 0x3A)
-    sections = [struct.unpack_from("<IIQQQQ", image, start + i * size) for i in range(count)]
-    found = []
-    for name, _, _, _, offset, length in sections:
-        text = image[sections[names][4] + name :].split(b"\0", 1)[0]
-        if text == b".nv.info":
-            values = _attributes(image[offset : offset + length])
-            found += [value[1] for known, value in values if known == kind]
-    return found
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, tuple[int, ...]]]:
-    at = 0
-    while at < len(data):
-        form, kind, value = struct.unpack_from("<BBH", data, at)
-        at += 4
-        if form == 4:  # `value` is the size of what follows: pairs (function, number)
-            yield kind, struct.unpack_from(f"<{value // 4}I", data, at)
-            at += value
-
 
 @needs_nvrtc
 @pytest.mark.parametrize("capability", [AMPERE, HOPPER])
@@ -91,8 +65,8 @@ def test_stack_and_registers_are_read_from_machine_code(capability: tuple[int, i
     }"""
     options = ["--gpu-architecture=sm_{}{}".format(*capability)]
     image = cuda._compiled(cuda._binding("nvrtc"), "f.cu", code, b"", options)
-    assert max(attribute(image, _FRAME)) == 400
-    assert 8 <= max(attribute(image, _REGISTERS)) <= 255
+    assert max(attribute(image, FRAME)) == 400
+    assert 8 <= max(attribute(image, REGISTERS)) <= 255
 
 
 # --- everything compiles --------------------------------------------------------------------------
@@ -206,7 +180,7 @@ def check(images: dict[str, bytes], *names: str) -> None:
     for case, image in images.items():
         assert image[:4] == b"\x7fELF", case
         assert all(name.encode() in image for name in names), case
-        assert attribute(image, _FRAME), case
+        assert attribute(image, FRAME), case
 
 
 @needs_nvrtc
@@ -219,16 +193,16 @@ def test_linear_compiles_for_every_weight_epilogue_and_batch() -> None:
         # Forms without room may spill: they are measured, and lose. Beyond 32 columns all do.
         for (_, defines, _), (case, image) in zip(cases, images.items(), strict=True):
             if roomiest and defines["NT"] <= 4:
-                assert max(attribute(image, _FRAME)) <= MOST_STACK, case
+                assert max(attribute(image, FRAME)) <= MOST_STACK, case
 
 
 @needs_nvrtc
 @pytest.mark.skipif(not MEASURED.is_file(), reason="results/ is not in this copy")
-def test_the_forms_that_were_fastest_on_an_h200_keep_all_in_registers() -> None:
+def test_the_forms_that_were_fastest_on_an_h200_take_little_stack() -> None:
     images = compile_all(chosen_cases())
     assert len(images) >= 10
     check(images, "linear")
-    stacks = {case: max(attribute(image, _FRAME)) for case, image in images.items()}
+    stacks = {case: max(attribute(image, FRAME)) for case, image in images.items()}
     assert max(stacks.values()) <= MOST_STACK, stacks
 
 
@@ -239,7 +213,7 @@ def test_attention_compiles_for_every_head_and_group(monkeypatch: pytest.MonkeyP
         assert len({defines[key] for _, defines, _ in cases}) == most, key
     images = compile_all(cases)
     check(images, "attention")
-    assert max(max(attribute(image, _FRAME)) for image in images.values()) <= MOST_STACK
+    assert max(max(attribute(image, FRAME)) for image in images.values()) <= MOST_STACK
 
 
 @needs_nvrtc
