@@ -34,7 +34,7 @@ from qatbench.engine.products import (
     multiprocessors,
 )
 from qatbench.engine.weights import CHUNK, TILE, Packed, pack
-from qatbench.errors import UsageError
+from qatbench.errors import ShapeError, UsageError
 from qatbench.quant.packing import Affine
 
 JOINED = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj",)),
@@ -178,7 +178,11 @@ class Fused:
         if all(here):
             affine = [packed.pop(key) for key in keys]
             joined = Affine(*(torch.cat(fields) for fields in zip(*affine, strict=True)))
-            weight = pack(joined, paired=part == "mlp" and len(names) == 2)
+            try:
+                weight = pack(joined, paired=part == "mlp" and len(names) == 2)
+            except ShapeError as error:
+                told = f"{keys[0]}: {error.message}"
+                raise UsageError(told, hint="--engine transformers") from error
             for name, module, first, count in zip(names, modules, starts, counts, strict=True):
                 linear = PackedLinear(weight, self.room, first, count, module.bias)
                 setattr(owner, name, linear)
