@@ -87,6 +87,23 @@ def test_packed_checkpoints_run_with_the_librarys_kernel(
     assert torch.equal(told(runner, prompts, 5), told(plain, prompts, 5))
 
 
+@pytest.mark.parametrize("name", ["text", "qwen2_5_vl"])
+def test_rows_that_stay_go_on_as_before(name: str, load: Load, ask: Ask) -> None:
+    loaded = load(name)
+    prompts = ask(loaded, 4)
+    runners: list[Runner] = [FastRunner(loaded), PlainRunner(loaded)]
+    for runner in runners:
+        together = told(runner, prompts, 6)
+        started = runner.start(prompts, 7)
+        parts = [runner.step(started, 2)[[3, 1]]]
+        runner.keep(started, [3, 1])
+        parts.append(runner.step(started, 3))
+        runner.keep(started, [1])
+        last = runner.step(started, 1)
+        assert torch.equal(torch.cat(parts, 1), together[[3, 1], 1:6])
+        assert torch.equal(last, together[[1], 6:])
+
+
 def tiny_llama(**changes: Any) -> Loaded:
     """A text model with other settings than the family's own."""
     torch.manual_seed(0)
@@ -243,6 +260,23 @@ def test_heads_that_the_kernels_do_not_take(head: int) -> None:
     with pytest.raises(UsageError, match=f"heads of 64, 128 or 256, not {head}") as error:
         Fused(Decoder(tiny_llama(head_dim=head)), {})
     assert error.value.hint == "--engine transformers"
+
+
+@pytest.mark.parametrize(("group", "inner"), [(16, 128), (32, 96)])
+def test_shapes_that_the_kernels_do_not_take(group: int, inner: int) -> None:
+    decoder = Decoder(tiny_llama(head_dim=64, intermediate_size=inner))
+    packed = {}
+    for name, module in decoder.inner.named_modules():
+        if name.endswith("_proj"):
+            groups = (module.out_features, module.in_features // group)
+            fields = torch.zeros(module.weight.shape, dtype=torch.uint8)
+            eights = torch.full(groups, 8, dtype=torch.uint8)
+            packed[f"model.{name}"] = Affine(fields, eights, torch.ones(groups).half())
+    first = "model.layers.0.self_attn.q_proj" if group == 16 else "model.layers.0.mlp.down_proj"
+    with pytest.raises(UsageError, match=f"{first}: .* in groups of {group}") as error:
+        Fused(decoder, packed)
+    assert error.value.hint == "--engine transformers"
+    assert "--engine" not in error.value.message
 
 
 def test_activations_that_the_kernels_do_not_take() -> None:
