@@ -44,7 +44,7 @@ from qatbench.vlm.batch import Encoded, backbone  # noqa: E402
 from qatbench.vlm.load import Loaded, ModelFolder  # noqa: E402
 
 GRID = Grid(4, 128)
-PROMPT, TOLD, PREFILL_ROWS = 656, 64, 8
+PROMPT, TOLD, PREFILL_ROWS = 656, 64, 8  # tokens, tokens, rows
 
 
 def model(kind: str, tiny: bool) -> Loaded:
@@ -245,7 +245,7 @@ def main() -> None:
         found["models"].append(whole(kind, given.batch, given.repeats, given.tiny))
         gc.collect()
         torch.cuda.empty_cache()
-    show(found, given.json)
+        show(found, given.json)  # a run that is cut off has the models that were measured
 
 
 if __name__ == "__main__":
