@@ -13,6 +13,7 @@ from qatbench.errors import UsageError
 from qatbench.stages.common import Progress
 from qatbench.vlm import load as models
 from qatbench.vlm.answer import Writer
+from qatbench.vlm.kernel import pick_kernel
 from qatbench.vlm.load import Loaded, ModelFolder
 
 
@@ -73,7 +74,7 @@ def answerer(
             if wanted.engine == "qatbench":
                 raise
             record["engine_note"] = f"not by the engine qatbench: {error.message}"
-    kernel = _auto(model) if wanted.kernel == "auto" else wanted.kernel
+    kernel = pick_kernel(model, device, dtype) if wanted.kernel == "auto" else wanted.kernel
     loaded = models.load(model, device=device, dtype=dtype, kernel=kernel)
     record = {"kernel": models.kernel_name(loaded)} | record
     if wanted.mode == "generate":
@@ -85,15 +86,9 @@ def _by_engine(model: ModelFolder, device: str, dtype: torch.dtype, progress: Pr
     if device.startswith("cuda"):
         runner = fast.load(model, device=device, dtype=dtype, progress=progress)
     else:
-        loaded = models.load(model, device=device, dtype=dtype, kernel=_auto(model))
+        loaded = models.load(
+            model, device=device, dtype=dtype, kernel=pick_kernel(model, device, dtype)
+        )
         runner = fast.FastRunner(loaded)
     record = {"kernel": runner.kernel, "engine": runner.engine, "attention": runner.attention}
     return Answerer(runner.loaded, functools.partial(writing.texts, runner), record)
-
-
-def _auto(model: ModelFolder) -> str:
-    """The library's kernel at 4 and 8 bits, else dense.
-
-    The library has no integer kernel at 3 and 2 bits and would dequantize at every forward.
-    """
-    return "library" if (model.quantization or {}).get("bits", 4) in (4, 8) else "dense"

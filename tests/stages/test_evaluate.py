@@ -499,3 +499,18 @@ def test_a_resumed_run_forms_the_batches_of_the_first(
     record = run(llava, settings, data, out, resume=True)
     assert len(answered) == 12 - done
     assert record["figures"]["batch_size"] == f"{2 * longest} padded tokens"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "linear"),
+    [("auto", None, "Linear"), ("library", None, "Torch"), ("auto", "bfloat16", "Torch"),
+     ("dense", "bfloat16", "Linear")],
+)  # fmt: skip
+def test_the_record_names_the_kernel_that_multiplied(
+    make: Any, data: dict[str, str], tmp_path: Path, kernel: Any, dtype: str | None, linear: str
+) -> None:
+    folder = find(str(make("text", "rtn", 4).path))
+    settings = dataclasses.replace(asking("scienceqa:test:text"), kernel=kernel, dtype=dtype)
+    figures = run(folder, settings, data, tmp_path / "run")["figures"]
+    assert figures["kernel"].startswith(linear)
+    assert figures["dtype"] == (dtype or "float32")  # float32 is the default of a CPU
