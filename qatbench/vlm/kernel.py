@@ -18,7 +18,7 @@ def pick_kernel(folder: ModelFolder, device: str, dtype: torch.dtype) -> str:
     The library has no such kernel at 3 and 2 bits, and at 4 bits on a CPU in fp32: there it would
     dequantize at every forward, through fp16 (`benchmarks/cpu_int4.py`). On a CPU `dense` is taken
     as long as the unpacked model takes at most a quarter of the memory. In bf16 the library's
-    kernel holds the scales exactly and decodes faster, dense weights are rounded once more.
+    kernel decodes faster, and dense weights are rounded once more.
     """
     bits = (folder.quantization or {}).get("bits", 4)
     if bits not in (4, 8):

@@ -330,5 +330,5 @@ def test_int4_on_a_cpu_is_told_as_it_was_measured() -> None:
     scores = runs[0]["scores"]
     flips = [len(scores[way]["flips"]) for way in
              ("int4 bf16 dense", "int4 bf16 library", "bf16 dense")]  # fmt: skip
-    told = "Of {} options bf16 changes {} by the one, {} by the other, {} at 16 bits"
+    told = "Of {} answers bf16 changes {} by the one, {} by the other, {} at 16 bits"
     assert told.format(scores["questions"], *flips) in text
