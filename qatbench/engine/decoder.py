@@ -58,6 +58,10 @@ class Cache:
         """Places a row."""
         return self.keys.shape[3]
 
+    def grow(self, more: int) -> None:
+        """Add places to every row."""
+        self.keys, self.values = (F.pad(of, (0, 0, 0, more)) for of in (self.keys, self.values))
+
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone: (n,) int64."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]

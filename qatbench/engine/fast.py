@@ -29,9 +29,9 @@ class _State:
     cache: Cache
     token: Tensor
     left: int  # tokens that can still be told
-    room: int  # of the step: tokens that it can tell
-    step: Step | None
-    rope: tuple[Tensor, Tensor] | None
+    room: int = 0  # of the step: tokens that it can tell
+    step: Step | None = None
+    rope: tuple[Tensor, Tensor] | None = None
 
 
 class FastRunner:
@@ -64,12 +64,8 @@ class FastRunner:
 
     @torch.inference_mode()
     def start(self, prompts: Sequence[Encoded], room: int) -> Started:
-        """Read a batch of prompts, pictures included, and make room for `room` tokens a row.
-
-        Raises: UsageError where both are longer than the model's positions.
-        """
+        """Read a batch of prompts, pictures included, and make room for `room` tokens a row."""
         length, rows = max(map(len, prompts)), len(prompts)
-        self._check(length, room)
         batch = begin(self.loaded, prompts, room)
         first = tell(self.loaded, batch)
         places = batch.positions[..., length].reshape(-1, rows)[0]  # text: alike on all axes
@@ -80,22 +76,18 @@ class FastRunner:
         cache.filled += length
         cache.start.copy_(torch.tensor([length - len(prompt) for prompt in prompts]))
         cache.turned.copy_(places)
-        token = first.clone()
-        step = rope = None
-        if self.fused:
-            self._choose(rows)
-            step = Step(self.fused, cache, token, room - 1)
-        else:
-            rope = self.decoder.rope(length + room + 1)
-        return Started(first, room, _State(cache, token, room - 1, room - 1, step, rope))
+        state = _State(cache, first.clone(), room - 1)
+        self._prepare(state)
+        return Started(first, room, state)
 
-    def _check(self, length: int, room: int) -> None:
-        most = self.loaded.model.config.get_text_config().max_position_embeddings
-        if length + room > most:
-            raise UsageError(
-                f"{length} tokens and {room} more are beyond the model's {most} positions",
-                hint="shorter prompts, or fewer new tokens",
-            )
+    def _prepare(self, state: _State) -> None:
+        """What a step takes beside cache and token: made anew for other rows and other room."""
+        state.room = state.left
+        if self.fused:
+            self._choose(len(state.token))
+            state.step = Step(self.fused, state.cache, state.token, state.room)
+        else:
+            state.rope = self.decoder.rope(state.cache.length + 1)
 
     def _choose(self, rows: int) -> None:
         assert self.fused
@@ -134,11 +126,16 @@ class FastRunner:
         chosen = torch.tensor(rows, device=self.loaded.device)
         state.cache.keep(chosen)
         state.token = state.token[chosen]
-        if state.step:
-            assert self.fused
-            self._choose(len(rows))
-            state.room = state.left
-            state.step = Step(self.fused, state.cache, state.token, state.room)
+        self._prepare(state)
+
+    @torch.inference_mode()
+    def grow(self, started: Started, more: int) -> None:
+        """Make room for more tokens a row: the cache is copied."""
+        state: _State = started.state
+        state.cache.grow(more)
+        state.left += more
+        started.room += more
+        self._prepare(state)
 
     def weight_bytes(self) -> int:
         """Bytes of all weights on the device; the room for dense products is not one."""

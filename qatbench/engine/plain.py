@@ -44,6 +44,14 @@ class PlainRunner:
         told = [tell(self.loaded, batch) for _ in range(count)]
         return torch.stack(told, 1) if told else started.first.new_empty(len(started.first), 0)
 
+    def grow(self, started: Started, more: int) -> None:
+        """Make room for more tokens a row."""
+        batch: Decoding = started.state
+        further = torch.arange(1, more + 1, device=batch.positions.device)
+        after = batch.positions[..., -1:] + further  # text counts alike on all axes
+        batch.positions = torch.cat((batch.positions, after), -1)
+        started.room += more
+
     def keep(self, started: Started, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch alone."""
         keep(started.state, rows)

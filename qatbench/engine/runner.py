@@ -44,6 +44,9 @@ class Runner(Protocol):
         Called again it goes on. Raises: UsageError beyond the room.
         """
 
+    def grow(self, started: Started, more: int) -> None:
+        """Make room for more tokens a row."""
+
     def keep(self, started: Started, rows: Sequence[int]) -> None:
         """Go on with these rows of the batch alone, in this order."""
 

@@ -188,13 +188,23 @@ def test_beyond_the_room(load: Load) -> None:
         runner.step(started, 1)
 
 
-def test_beyond_the_positions(load: Load) -> None:
-    runner = FastRunner(load("text"))
-    prompts = words(1020)
-    with pytest.raises(UsageError, match=r"1020 tokens and 5 more are beyond .* 1024") as error:
-        runner.start(prompts, 5)
-    assert error.value.hint == "shorter prompts, or fewer new tokens"
-    assert torch.equal(told(runner, prompts, 3), told(PlainRunner(load("text")), prompts, 3))
+@pytest.mark.parametrize("name", NAMES)
+def test_room_is_made_for_more(name: str, load: Load, ask: Ask) -> None:
+    loaded = load(name)
+    prompts = ask(loaded, 3)
+    want = told(PlainRunner(loaded), prompts, 9)
+    runners: list[Runner] = [FastRunner(loaded), PlainRunner(loaded)]
+    for runner in runners:
+        started = runner.start(prompts, 3)
+        parts = [started.first[:, None], runner.step(started, 2)]
+        runner.grow(started, 4)
+        parts.append(runner.step(started, 1))
+        runner.grow(started, 3)
+        assert started.room == 10
+        parts.append(runner.step(started, 6))
+        assert torch.equal(torch.cat(parts, 1), want)
+        with pytest.raises(UsageError):
+            runner.step(started, 1)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

@@ -98,12 +98,14 @@ def test_engine_is_part_of_what_a_folder_is_for_only_if_named() -> None:
 @pytest.mark.parametrize("engine", [PlainRunner, FastRunner])
 @pytest.mark.parametrize("at_once", [1, 5])
 @pytest.mark.parametrize("shrinks_at", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("room", [3, 64])
 def test_answers_end_where_they_end_alone_whatever_leaves_the_batch(
-    engine: Any, at_once: int, shrinks_at: float, models: dict[str, ModelFolder],
+    engine: Any, at_once: int, shrinks_at: float, room: int, models: dict[str, ModelFolder],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     loaded = models_load(models["text"])
     prompts = [Encoder(loaded).prompt(text, None) for text in PROMPTS]
+    monkeypatch.setattr(writing, "ROOM", room)
     monkeypatch.setattr(writing, "ends", lambda loaded: set())
     endless = [writing.written(engine(loaded), [prompt], LIMIT)[0] for prompt in prompts]
     assert all(len(tokens) == LIMIT for tokens in endless)
