@@ -21,9 +21,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
+from pydantic import BaseModel, ValidationError
 
 from qatbench.errors import ArtifactError, UsageError
 from qatbench.records import SCHEMA_VERSION, Prediction
@@ -34,6 +35,9 @@ PACKAGES = (
     "qatbench", "torch", "transformers", "gptqmodel", "auto-round", "optimum", "tokenizers",
     "numpy",
 )  # fmt: skip
+
+
+R = TypeVar("R", bound=BaseModel)
 
 
 def cache_folder() -> Path:
@@ -94,6 +98,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ArtifactError(f"{path} does not hold a JSON object")
     return value
+
+
+def read_record(kind: type[R], file: Path, hint: str) -> R:
+    """Read a JSON file that holds one record.
+
+    Raises: ArtifactError naming the first field that does not fit: it is damaged, or of a version
+        that this qatbench does not write.
+    """
+    try:
+        return kind.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "content"
+        raise ArtifactError(
+            f"{file} is damaged or of another version: {where}: {first['msg']}", hint=hint
+        ) from error
 
 
 def predictions_file(folder: Path) -> Path:

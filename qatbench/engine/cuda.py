@@ -111,8 +111,9 @@ def binary(source: str, defines: Mapping[str, int], capability: tuple[int, int])
     version = _version(nvrtc)
     options = [f"-D{key}={value}" for key, value in sorted(defines.items())]
     options += [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "-std=c++17"]
-    digest = hashlib.sha256(b"\0".join([code, common, version.encode(), *map(str.encode, options)]))
-    file = store.cache_folder() / "kernels" / f"{Path(source).stem}-{digest.hexdigest()[:20]}.cubin"
+    parts = b"\0".join([code, common, version.encode(), *map(str.encode, options)])
+    name = f"{Path(source).stem}-{hashlib.sha256(parts).hexdigest()[:20]}.cubin"
+    file = store.cache_folder() / "kernels" / name
     if file.exists():
         return file.read_bytes()
     image = _compiled(nvrtc, source, code, common, options)

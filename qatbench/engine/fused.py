@@ -92,6 +92,12 @@ class _Layer:
         return self.qkv, self.out, self.gate_up, self.down
 
 
+def _weights(layer: Any, part: str, names: tuple[str, ...]) -> int:
+    """Weights of linears that are joined."""
+    modules = [getattr(getattr(layer, part), name) for name in names]
+    return sum(module.in_features * module.out_features for module in modules)
+
+
 def _check(decoder: Decoder) -> None:
     """Refuse what the kernels would compute wrongly.
 
@@ -120,14 +126,11 @@ class Fused:
 
     def __init__(self, decoder: Decoder, packed: dict[str, Affine]) -> None:
         self.decoder = decoder
-        s = decoder.sizes
         _check(decoder)
         device = decoder.head.weight.device
         self.int4 = bool(packed)
-        most = max(
-            (self._size(i, names) for i in range(s.layers) for _, names in JOINED), default=0
-        )
-        self.room = Room(most if packed else 0, device)
+        sizes = [_weights(layer, *joined) for layer in decoder.layers for joined in JOINED]
+        self.room = Room(max(sizes) if packed else 0, device)
         self.layers = [self._layer(i, layer, packed) for i, layer in enumerate(decoder.layers)]
         self.norm = decoder.inner.norm.weight.data
         head = decoder.head.weight.data
@@ -136,14 +139,6 @@ class Fused:
         self.head = Product(head, LOGITS)
         self.forms = Forms()
         self._by_columns: dict[int, dict[int, Form]] = {}
-
-    def _size(self, layer: int, names: tuple[str, ...]) -> int:
-        modules = [self._module(layer, name) for name in names]
-        return sum(m.in_features * m.out_features for m in modules)
-
-    def _module(self, layer: int, name: str) -> Any:
-        block = self.decoder.layers[layer]
-        return getattr(block.self_attn if hasattr(block.self_attn, name) else block.mlp, name)
 
     def _layer(self, index: int, layer: Any, packed: dict[str, Affine]) -> _Layer:
         joined = [self._join(index, layer, part, names, packed) for part, names in JOINED]

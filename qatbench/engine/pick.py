@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from qatbench.engine import fast, plain
 from qatbench.engine.runner import Runner
-from qatbench.errors import PrerequisiteError, UsageError
+from qatbench.errors import UsageError
 from qatbench.vlm.load import ModelFolder
 
 ENGINES = ("transformers", "qatbench")
-_MODULES = {"transformers": "qatbench.engine.plain", "qatbench": "qatbench.engine.fast"}
 
 
 def check(names: list[str]) -> None:
@@ -39,12 +39,6 @@ def load(
         model on this device; what loading a model raises.
     """
     check([engine])
-    try:
-        module = importlib.import_module(_MODULES[engine])
-    except ModuleNotFoundError as error:
-        raise PrerequisiteError(
-            f"the engine {engine} needs the module {error.name}, which is not here",
-            hint="--engine transformers",
-        ) from error
+    module: Any = fast if engine == "qatbench" else plain
     runner: Runner = module.load(folder, device=device, dtype=dtype, progress=progress)
     return runner

@@ -261,7 +261,6 @@ class Forms:
             best = min(times, key=lambda form: times[form])
             known = store.read_json(self.file) if self.file.exists() else {}  # of other processes
             self.table = known | self.table | {kind: asdict(best)}
-            self.file.parent.mkdir(parents=True, exist_ok=True)
             store.write_json(self.file, self.table)
         return Form(**self.table[kind])
 

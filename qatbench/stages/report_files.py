@@ -8,9 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from qatbench.errors import ArtifactError, PrerequisiteError
+from qatbench.errors import PrerequisiteError
 from qatbench.report import html, latex
 from qatbench.report.changes import change_rows, group_rows
 from qatbench.report.claims import claim_rows
@@ -19,7 +17,7 @@ from qatbench.report.markdown import render
 from qatbench.report.model import Comparison
 from qatbench.report.tables import ablation_rows, arm_rows, pair_rows
 from qatbench.stages import gallery
-from qatbench.store import write_text
+from qatbench.store import read_record, write_text
 
 COMPARISON = "comparison.json"
 # Names that only this project gives: what a comparison no longer has is removed.
@@ -42,15 +40,7 @@ def read(folder: Path) -> Comparison:
             f"no {COMPARISON} in {folder}",
             hint="give the folder that qatbench compare or run wrote",
         )
-    try:
-        return Comparison.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "content"
-        raise ArtifactError(
-            f"{file} is damaged or of another version: {where}: {first['msg']}",
-            hint="compare the runs again",
-        ) from error
+    return read_record(Comparison, file, "compare the runs again")
 
 
 def write(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from qatbench.errors import ArtifactError, PrerequisiteError, UsageError
+from qatbench import store
+from qatbench.errors import PrerequisiteError, UsageError
 from qatbench.records_speed import Speed
 from qatbench.report.model import ArmResult, Comparison, TaskComparison
 from qatbench.report.speed_model import ArmSpeed
@@ -22,15 +21,7 @@ def read_speed(path: Path) -> Speed:
     file = path / "speed.json" if path.is_dir() else path
     if not file.is_file():
         raise PrerequisiteError(f"no {file}", hint="qatbench speed MODEL... --out DIR writes it")
-    try:
-        return Speed.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "content"
-        raise ArtifactError(
-            f"{file} is damaged or of another version: {where}: {first['msg']}",
-            hint="measure again: qatbench speed MODEL... --out DIR",
-        ) from error
+    return store.read_record(Speed, file, "measure again: qatbench speed MODEL... --out DIR")
 
 
 def with_speed(comparison: Comparison, speed: Speed) -> Comparison:
