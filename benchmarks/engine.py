@@ -20,7 +20,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,9 +33,18 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 import train_step  # noqa: E402
 from kept import show  # noqa: E402
 
+from qatbench.engine import cuda  # noqa: E402
 from qatbench.engine.fast import FastRunner  # noqa: E402
 from qatbench.engine.plain import PlainRunner  # noqa: E402
-from qatbench.engine.products import LIBRARY, Product, measured  # noqa: E402
+from qatbench.engine.products import (  # noqa: E402
+    LIBRARY,
+    LOGITS,
+    RESIDUAL,
+    Card,
+    Form,
+    NextNorm,
+    Product,
+)
 from qatbench.engine.runner import Runner  # noqa: E402
 from qatbench.quant.grid import Grid, quantize, round_scales  # noqa: E402
 from qatbench.quant.packing import Affine  # noqa: E402
@@ -148,20 +157,38 @@ def prefill(ways: dict[str, Runner], repeats: int, tiny: bool) -> dict[str, Any]
 
 
 def linears(fast: FastRunner, rows: int) -> list[dict[str, Any]]:
-    """Each kind of product: the picked form and torch's, microseconds and bytes a second."""
+    """Each kind of product: the form of a step and torch's, microseconds and bytes a second."""
     assert fast.fused
-    kinds: dict[str, list[Product]] = {}
-    for product in [p for layer in fast.fused.layers for p in layer.products()] + [fast.fused.head]:
-        kinds.setdefault(product.kind(rows), []).append(product)
     found = []
-    for kind, products in kinds.items():
-        times = measured(products, rows)
-        best = min(times, key=lambda form: times[form])
-        size = products[0].bytes()
-        one = {"kind": kind, "us": times[best] * 1e6, "gb_per_second": size / times[best] / 1e9,
-               "form": vars(best), "forms": len(times)}  # fmt: skip
-        found.append(one | ({"torch_us": times[LIBRARY] * 1e6} if LIBRARY in times else {}))
+    for kind, products in fast.fused.kinds(rows).items():
+        form, size = fast.chosen[rows].products[id(products[0])], products[0].bytes()
+        taken = by_itself(products, form, rows)
+        forms = products[0].forms(rows, Card.current())
+        one = {"kind": kind, "us": taken * 1e6, "gb_per_second": size / taken / 1e9,
+               "form": vars(form), "forms": len(forms)}  # fmt: skip
+        if LIBRARY in forms:
+            one["torch_us"] = by_itself(products, LIBRARY, rows) * 1e6
+        found.append(one)
     return found
+
+
+def by_itself(products: Sequence[Product], form: Form, columns: int) -> float:
+    """Seconds a product, in a graph of all layers' one after the other: none is in a cache."""
+    first = products[0]
+    x = torch.randn(columns, first.width, device="cuda").bfloat16()
+    dtype = torch.float32 if first.epilogue == LOGITS else torch.bfloat16
+    out = torch.zeros(columns, first.outputs, device="cuda", dtype=dtype)
+    squares = torch.ones(columns, device="cuda", dtype=torch.float64)
+    after = None
+    if first.epilogue == RESIDUAL:
+        after = NextNorm(torch.ones_like(out[0]), torch.empty_like(out), torch.zeros_like(squares))
+
+    def run() -> None:
+        for product in products:
+            product(form, x, out, squares=squares, eps=1e-6, after=after)
+
+    graph = cuda.captured(run)
+    return min(cuda.seconds_of(graph) for _ in range(3)) / len(products)
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import ctypes
 import functools
 import hashlib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from qatbench.errors import PrerequisiteError
 SOURCES = Path(__file__).parent / "kernels"
 COMMON = "common.cuh"
 LEAST = (8, 0)  # compute capability: bf16 products
+CARVEOUT = 100  # percent of the first cache that is shared memory: all that can be
 OVERLAPS = (9, 0)  # from here on a kernel may start before its predecessor has ended
 
 
@@ -35,6 +36,8 @@ class Kernel:
     handle: Any
     name: str
     overlaps: bool
+    shared: int  # bytes of dynamic shared memory
+    spilled: int  # bytes a thread that found no room in registers
 
     def __call__(self, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         """Launch on the current stream.
@@ -50,6 +53,7 @@ class Kernel:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = self.shared
         config.hStream = torch.cuda.current_stream().cuda_stream
         if self.overlaps:
             config.attrs = [_overlapping()]
@@ -57,22 +61,26 @@ class Kernel:
         _done(driver.cuLaunchKernelEx(config, self.handle, ctypes.addressof(pointers), 0))
 
 
-def kernel(source: str, name: str, **defines: int) -> Kernel:
+def kernel(source: str, name: str, *, shared: int = 0, **defines: int) -> Kernel:
     """A function of a file under `kernels/`, for the current device, compiled if it has to be.
 
     Args:
         source: file name.
         name: of the `extern "C"` function.
+        shared: bytes of dynamic shared memory that it takes.
         defines: of the preprocessor.
 
     Raises: PrerequisiteError where the device is too old or a part of CUDA is missing.
     """
     known = tuple(sorted(defines.items()))
-    return _kernel(source, name, known, torch.cuda.current_device())
+    return _kernel(source, name, shared, known, torch.cuda.current_device())
 
 
 @functools.cache
-def _kernel(source: str, name: str, defines: tuple[tuple[str, int], ...], device: int) -> Kernel:
+def _kernel(
+    source: str, name: str, shared: int, defines: tuple[tuple[str, int], ...], device: int
+) -> Kernel:
+    driver = _binding("driver")
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST:
         raise PrerequisiteError(
@@ -81,8 +89,18 @@ def _kernel(source: str, name: str, defines: tuple[tuple[str, int], ...], device
             hint="--engine transformers",
         )
     module = _module(source, defines, capability, device)
-    function = _done(_binding("driver").cuModuleGetFunction(module, name.encode()))
-    return Kernel(function, name, capability >= OVERLAPS)
+    function = _done(driver.cuModuleGetFunction(module, name.encode()))
+    # One division of the first cache for all: to change it a multiprocessor has to run empty.
+    kinds = driver.CUfunction_attribute
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    used = _done(driver.cuFuncGetAttribute(kinds.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function))
+    for kind, value in (
+        (kinds.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, CARVEOUT),
+        (kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, limit - used),
+    ):
+        _done(driver.cuFuncSetAttribute(function, kind, value))
+    spilled = _done(driver.cuFuncGetAttribute(kinds.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function))
+    return Kernel(function, name, capability >= OVERLAPS, shared, spilled)
 
 
 @functools.cache
@@ -169,6 +187,28 @@ def _overlapping() -> Any:
     attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
     return attribute
+
+
+def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """What a function launches, as a graph."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def seconds_of(graph: torch.cuda.CUDAGraph, times: int = 1) -> float:
+    """Seconds a replay of some that follow one another."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    graph.replay()
+    begin.record()
+    for _ in range(times):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / times
 
 
 def _as_c(argument: Any) -> Any:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qatbench.engine import forms
 from qatbench.engine.decoder import Cache, Decoder, torch_step
-from qatbench.engine.fused import Fused, Step
+from qatbench.engine.fused import Fused
 from qatbench.engine.plain import held_bytes
 from qatbench.engine.runner import Started
+from qatbench.engine.step import Chosen, Step
 from qatbench.errors import UsageError
 from qatbench.quant.packing import Affine
 from qatbench.vlm import load as models
@@ -48,6 +51,7 @@ class FastRunner:
         self.decoder = Decoder(loaded)
         self.progress = progress
         self.fused: Fused | None = None
+        self.chosen: dict[int, Chosen] = {}  # by rows
         self.last: Tensor | None = None  # logits of the last step in torch
         bf16 = arithmetic(loaded.model) == torch.bfloat16
         if kernels and loaded.device.type == "cuda" and bf16:
@@ -83,21 +87,18 @@ class FastRunner:
     def _prepare(self, state: _State) -> None:
         """What a step takes beside cache and token: made anew for other rows and other room."""
         state.room = state.left
-        if self.fused:
-            self._choose(len(state.token))
-            state.step = Step(self.fused, state.cache, state.token, state.room)
-        else:
+        if not self.fused:
             state.rope = self.decoder.rope(state.cache.length + 1)
+            return
+        rows = len(state.token)
+        chosen = self.chosen.get(rows)
+        state.step = Step(self.fused, state.cache, state.token, state.room, chosen)
+        if not chosen:
+            self.chosen[rows] = forms.choose(state.step, functools.partial(self._measuring, rows))
 
-    def _choose(self, rows: int) -> None:
-        assert self.fused
-        told = self.progress
-
-        def tell(done: int, total: int) -> None:
-            if told:
-                told(f"Measuring kernels for {rows} rows", done, total)
-
-        self.fused.choose_forms(rows, tell)
+    def _measuring(self, rows: int, done: int, total: int) -> None:
+        if self.progress:
+            self.progress(f"Measuring kernels for {rows} rows", done, total)
 
     @torch.inference_mode()
     def step(self, started: Started, count: int) -> Tensor:

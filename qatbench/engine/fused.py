@@ -8,10 +8,7 @@ its squares, who multiplies divides by their root (`linear.cu`).
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qatbench.engine import cuda
-from qatbench.engine.decoder import Cache, Decoder
+from qatbench.engine.decoder import Decoder
 from qatbench.engine.products import (
     LOGITS,
     RESIDUAL,
     STORE,
     SWIGLU,
-    Form,
-    Forms,
-    NextNorm,
+    Card,
     Product,
     dequantize,
-    multiprocessors,
 )
 from qatbench.engine.weights import CHUNK, TILE, Packed, pack
 from qatbench.errors import ShapeError, UsageError
@@ -42,7 +35,6 @@ JOINED = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", ("o_proj"
 """Linears that share their input, joined along the outputs."""
 HEADS = (64, 128, 256)
 """Head sizes that `attention.cu` takes: a warp's lanes are shared evenly by whole keys."""
-_CHOOSERS = 32  # blocks a row that look for the likeliest token
 
 
 class Room:
@@ -78,7 +70,9 @@ class PackedLinear(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
+    """What multiplies and what normalises in a layer."""
+
     qkv: Product
     out: Product
     gate_up: Product
@@ -89,6 +83,7 @@ class _Layer:
     k_norm: Tensor | None
 
     def products(self) -> tuple[Product, ...]:
+        """In the order of a step."""
         return self.qkv, self.out, self.gate_up, self.down
 
 
@@ -136,21 +131,20 @@ class Fused:
         head = decoder.head.weight.data
         if short := -len(head) % TILE:  # the last tile is filled up; nobody looks there
             head = F.pad(head, (0, 0, 0, short))
-        self.head = Product(head, LOGITS)
-        self.forms = Forms()
-        self._by_columns: dict[int, dict[int, Form]] = {}
+        self.head = Product(head, LOGITS, None, False)
 
-    def _layer(self, index: int, layer: Any, packed: dict[str, Affine]) -> _Layer:
+    def _layer(self, index: int, layer: Any, packed: dict[str, Affine]) -> Layer:
         joined = [self._join(index, layer, part, names, packed) for part, names in JOINED]
         (qkv, bias), (out, out_bias), (gate_up, inner_bias), (down, down_bias) = joined
         if inner_bias is not None:
             raise UsageError("gate and up with a bias are not supported by the engine",
                              hint="--engine transformers")  # fmt: skip
+        whole = self.decoder.sizes.hidden // TILE >= Card.current().multiprocessors
         norms = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
         q_norm, k_norm = (None if norm is None else norm.weight.data for norm in norms)
-        return _Layer(
-            Product(qkv, STORE, bias), Product(out, RESIDUAL, out_bias),
-            Product(gate_up, SWIGLU), Product(down, RESIDUAL, down_bias),
+        return Layer(
+            Product(qkv, STORE, bias, not whole), Product(out, RESIDUAL, out_bias, whole),
+            Product(gate_up, SWIGLU, None, not whole), Product(down, RESIDUAL, down_bias, whole),
             layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data,
             q_norm, k_norm,
         )  # fmt: skip
@@ -194,114 +188,13 @@ class Fused:
         weights = [p.weight for layer in self.layers for p in layer.products()]
         return sum(w.bytes() for w in weights if isinstance(w, Packed))
 
-    def choose_forms(self, rows: int, progress: Callable[[int, int], None] | None = None) -> None:
-        """Find the fastest form of every product for batches of so many rows."""
-        if rows in self._by_columns:
-            return
-        kinds: dict[str, list[Product]] = {}
+    def kinds(self, rows: int) -> dict[str, list[Product]]:
+        """Products that share a form, by what decides it, in the order of a step."""
+        found: dict[str, list[Product]] = {}
         for product in [p for layer in self.layers for p in layer.products()] + [self.head]:
-            kinds.setdefault(product.kind(rows), []).append(product)
-        found: dict[int, Form] = {}
-        for done, products in enumerate(kinds.values()):
-            if progress:
-                progress(done, len(kinds))
-            form = self.forms.of(products, rows)
-            found |= {id(product): form for product in products}
-        self._by_columns[rows] = found
+            found.setdefault(product.kind(rows), []).append(product)
+        return found
 
     def names(self) -> Mapping[str, str]:
         """What multiplies and what attends, for the record."""
         return {"linear": "int4 mma" if self.int4 else "bf16 mma", "attention": "split keys"}
-
-
-class Step:
-    """One decoding step of a batch, captured; replayed, every row is a token further."""
-
-    def __init__(self, fused: Fused, cache: Cache, token: Tensor, room: int) -> None:
-        s, device = fused.decoder.sizes, token.device
-        rows = len(token)
-        self.fused, self.cache, self.token, self.room = fused, cache, token, room
-        new = functools.partial(torch.empty, dtype=torch.bfloat16, device=device)
-        zeros = functools.partial(torch.zeros, dtype=torch.int32, device=device)
-        inner = max(layer.gate_up.rows // 2 for layer in fused.layers)
-        self.x, self.scaled = new(rows, s.hidden), new(rows, s.hidden)
-        self.squares = torch.zeros(2 * s.layers + 1, rows, dtype=torch.float64, device=device)
-        self.qkv = new(rows, (s.heads + 2 * s.kv_heads) * s.head)
-        self.seen = new(rows, s.heads * s.head)
-        self.inner = new(rows, inner)
-        self.logits = torch.empty(rows, fused.head.rows, dtype=torch.float32, device=device)
-        self.told = torch.zeros(rows, room, dtype=torch.int64, device=device)
-        self.count, self.left = zeros(rows), zeros(rows)
-        self.best = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.splits = _splits(rows * s.kv_heads)
-        cos, sin = fused.decoder.rope(cache.length + 1)
-        half = s.head // 2
-        self.rope = torch.stack((cos[:, :half], sin[:, :half]), -1).float().contiguous()
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def launch(self) -> None:
-        """All kernels of a step, on the current stream."""
-        fused, s = self.fused, self.fused.decoder.sizes
-        rows = len(self.token)
-        forms = fused._by_columns[rows]
-        table = fused.decoder.inner.embed_tokens.weight
-        embed = cuda.kernel("small.cu", "embed")
-        embed(
-            (rows,), 256, self.token, table, fused.layers[0].first_norm, self.x, self.scaled,
-            self.squares, ctypes.c_int(s.hidden // 8), ctypes.c_int(len(self.squares)),
-        )  # fmt: skip
-        following = [layer.first_norm for layer in fused.layers[1:]] + [fused.norm]
-        for i, (layer, norm) in enumerate(zip(fused.layers, following, strict=True)):
-            first, second, third = self.squares[2 * i : 2 * i + 3]
-            layer.qkv(forms[id(layer.qkv)], self.scaled, self.qkv, squares=first, eps=s.eps)
-            self._attend(i, layer)
-            after = NextNorm(layer.second_norm, self.scaled, second)
-            layer.out(forms[id(layer.out)], self.seen, self.x, after=after)
-            gate_up = forms[id(layer.gate_up)]
-            layer.gate_up(gate_up, self.scaled, self.inner, squares=second, eps=s.eps)
-            after = NextNorm(norm, self.scaled, third)
-            layer.down(forms[id(layer.down)], self.inner, self.x, after=after)
-        last = self.squares[-1]
-        fused.head(forms[id(fused.head)], self.scaled, self.logits, squares=last, eps=s.eps)
-        choose = cuda.kernel("small.cu", "choose")
-        choose(
-            (_CHOOSERS, rows), 256, self.logits, ctypes.c_int(s.vocabulary),
-            ctypes.c_int(self.logits.shape[1]), self.best, self.left, self.token, self.told,
-            self.count, self.cache.filled, self.cache.turned, ctypes.c_int(self.room),
-        )  # fmt: skip
-
-    def _attend(self, index: int, layer: _Layer) -> None:
-        s, cache = self.fused.decoder.sizes, self.cache
-        warps = 8 if s.group * s.head <= 1024 else 4  # their sums fit into shared memory
-        function = cuda.kernel(
-            "attention.cu", "attention", D=s.head, G=s.group, WARPS=warps, SPLITS=self.splits,
-            UNROLL=4 if s.group <= 3 else 2, HEADNORM=int(layer.q_norm is not None),
-        )  # fmt: skip
-        function(
-            (self.splits, s.kv_heads, len(self.token)), warps * 32, self.qkv, cache.keys[index],
-            cache.values[index], self.rope, cache.filled, cache.start, cache.turned, layer.q_norm,
-            layer.k_norm, ctypes.c_float(s.eps), self.seen, ctypes.c_int(cache.length),
-            ctypes.c_float(math.log2(math.e) / math.sqrt(s.head)),
-        )  # fmt: skip
-
-    def replay(self, steps: int) -> None:
-        """Go on by some tokens; the first call captures."""
-        if self.graph is None:
-            state = (self.token, self.count, self.cache.filled, self.cache.turned)
-            before = [tensor.clone() for tensor in state]
-            self.launch()  # every kernel is loaded before the capture
-            torch.cuda.synchronize()
-            for tensor, value in zip(state, before, strict=True):
-                tensor.copy_(value)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.launch()
-        for _ in range(steps):
-            self.graph.replay()
-
-
-def _splits(heads: int) -> int:
-    """Blocks that share the keys of a row and head: enough for the card, at most a cluster's 8."""
-    if torch.cuda.get_device_capability() < cuda.OVERLAPS:
-        return 1
-    return next((n for n in (1, 2, 4) if n * heads >= 2 * multiprocessors()), 8)

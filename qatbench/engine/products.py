@@ -13,14 +13,12 @@ import functools
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qatbench import store
 from qatbench.engine import cuda
 from qatbench.engine.weights import CHUNK, TILE, Packed
 from qatbench.errors import PrerequisiteError
@@ -28,7 +26,25 @@ from qatbench.errors import PrerequisiteError
 STORE, RESIDUAL, SWIGLU, LOGITS = range(4)
 """Epilogues."""
 MOST_COLUMNS = 64
-_SHARED = 47 << 10  # bytes a block may use without asking
+_SUMS = 18 << 10  # bytes of sums that a block is meant to hold at once
+_SCALES = 128  # bytes of a tile and group on their way
+_MORE = 4 << 10  # bytes that a block takes beyond half of a multiprocessor's, or less
+_RESERVED = 2 << 10  # bytes of shared memory a block that are the system's, or the kernel's own
+
+
+@dataclass(frozen=True)
+class Card:
+    """What of a device decides how products are launched."""
+
+    multiprocessors: int
+    shared: int  # bytes of shared memory of each
+
+    @staticmethod
+    @functools.cache
+    def current() -> Card:
+        """The device that torch uses."""
+        device = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return Card(device.multi_processor_count, device.shared_memory_per_multiprocessor)
 
 
 class _Weights(ctypes.Structure):
@@ -51,12 +67,13 @@ class Form:
     """How a product is built and launched."""
 
     warps: int
-    tiles: int  # that a block works on at once
-    depth: int  # spans in flight a warp
-    blocks: int  # that share a multiprocessor
+    tiles: int  # that a warp works on at once: a unit
+    depth: int  # spans on their way a warp
+    blocks: int  # that fit into a multiprocessor
+    span: int  # inputs that a warp takes at once
 
 
-LIBRARY = Form(0, 0, 0, 0)
+LIBRARY = Form(0, 0, 0, 0, 0)
 """torch's dense product, with a launch of its own for what comes after."""
 
 
@@ -77,12 +94,17 @@ class NextNorm:
 class Product:
     """A linear, or several joined: y = W x for columns x.
 
-    weight: `Packed`, or (rows, width) bf16. `epilogue`: what becomes of y, see `common.cuh`.
+    weight: `Packed`, or (rows, width) bf16. epilogue: what becomes of y, see `common.cuh`. alone: a
+    multiprocessor shall never take two blocks of it. Blocks of 2 kernels that follow one another
+    share it; where a kernel has a block on each, the next one's are spread alike, but where one has
+    not, the next could crowd, unless its blocks take more than half. So of two that follow one
+    another one is alone: the one behind kernels that may leave multiprocessors out.
     """
 
     weight: Packed | Tensor
     epilogue: int = STORE
     bias: Tensor | None = None
+    alone: bool = True
 
     @property
     def rows(self) -> int:
@@ -112,35 +134,71 @@ class Product:
             grid = f"int4 g{w.group}{'' if w.zeros is None else ' zeros'} {grid}"
         return f"{grid} epilogue {self.epilogue} columns {_shared_by(columns)}"
 
-    def forms(self, columns: int) -> list[Form]:
+    def forms(self, columns: int, card: Card) -> list[Form]:
         """All that can run."""
         found = [LIBRARY] if columns > 1 or not isinstance(self.weight, Packed) else []
         if columns > MOST_COLUMNS:
             return found
-        for warps, tiles, depth in itertools.product((8, 12, 16), (1, 2), (2, 3, 4)):
-            for blocks in (1, 2, 3, 4):
-                form = Form(warps, tiles, depth, blocks)
-                if self._fits(form, columns):
-                    found.append(form)
+        packed, least_span = isinstance(self.weight, Packed), self._spans()[0]
+        for warps, tiles, blocks, span in itertools.product(
+            (8, 12, 16), (1, 2), (1, 2), self._spans()
+        ):
+            if self.rows % (TILE * tiles) or warps * 32 * blocks > 1024:
+                continue
+            form = Form(warps, tiles, 1, blocks, span)
+            least = self._taken(form, columns, card)
+            slot = least - self._taken(replace(form, depth=0), columns, card)
+            most = min(1 + (self._most(form, card) - least) // slot, 16)
+            # Where kernels share a multiprocessor, to ask for less early can be better.
+            depths = (most, most // 2) if packed and blocks == 2 and span == least_span else (most,)
+            found += [replace(form, depth=depth) for depth in depths if depth > 1]
         return found
 
-    def _fits(self, form: Form, columns: int) -> bool:
-        packed = isinstance(self.weight, Packed)
-        span = max(self.weight.group, CHUNK) if isinstance(self.weight, Packed) else 4 * CHUNK
-        ring = form.depth * form.tiles * (span // CHUNK) * 4  # registers
-        sums = form.tiles * _column_tiles(columns) * (8 if packed else 4)
-        threads = form.warps * 32 * form.blocks
-        shared = form.warps * form.tiles * _column_tiles(columns) * 32 * 16
-        return (
-            self.rows % (TILE * form.tiles) == 0
-            and shared <= _SHARED
-            and 384 <= threads <= 1024
-            and ring + sums + 24 <= 65536 // threads
-        )
+    def _spans(self) -> list[int]:
+        w = self.weight
+        if not isinstance(w, Packed):
+            return [CHUNK]
+        least = max(w.group, CHUNK)
+        return [span for span in (least, 2 * least) if self.width % span == 0]
+
+    def _most(self, form: Form, card: Card) -> int:
+        """Bytes of dynamic shared memory that a block may take."""
+        if form.blocks == 1:
+            return card.shared - _RESERVED
+        half = card.shared // 2
+        return half + (_MORE if self.alone else -_MORE) - _RESERVED
+
+    def shared(self, form: Form, columns: int, card: Card) -> int:
+        """Bytes of dynamic shared memory of a block, with what keeps a second one out."""
+        taken = self._taken(form, columns, card)
+        return self._most(form, card) if self.alone or form.blocks == 1 else taken
+
+    def _taken(self, form: Form, columns: int, card: Card) -> int:
+        """Bytes of dynamic shared memory of a block: spans on their way, sums, inputs."""
+        w = self.weight
+        slot = 4 * 512
+        if isinstance(w, Packed):
+            scales = (1 if w.zeros is None else 2) * form.span // w.group * _SCALES
+            slot = form.span // CHUNK * 512 + scales
+        ring = form.warps * form.depth * form.tiles * slot
+        units = self._round(form, columns, card)
+        sums = (units + form.warps) * _sums(form.tiles, columns) + -(-units // 4) * 16
+        groups = self.width // w.group if isinstance(w, Packed) else 0
+        return ring + sums + (2 * self.width + 8 * groups if columns == 1 else 0)
+
+    def _blocks(self, form: Form, card: Card) -> int:
+        return min(card.multiprocessors, self.rows // (TILE * form.tiles))
+
+    def _round(self, form: Form, columns: int, card: Card) -> int:
+        """Units that a block has sums for at once: all of its own, or equal parts of them."""
+        units = -(-self.rows // (TILE * form.tiles * self._blocks(form, card)))
+        most = max(1, _SUMS // _sums(form.tiles, columns) - form.warps)
+        return -(-units // -(-units // most))
 
     def build(self, form: Form, columns: int) -> cuda.Kernel:
         """A form, ready to be launched."""
-        return cuda.kernel("linear.cu", "linear", **self._defines(form, columns))
+        shared = self.shared(form, columns, Card.current())
+        return cuda.kernel("linear.cu", "linear", shared=shared, **self._defines(form, columns))
 
     def compile(self, form: Form, columns: int) -> None:
         """Compile a form into the cache."""
@@ -152,8 +210,8 @@ class Product:
         return {
             "BITS": 4 if group else 16, "GROUP": group, "ZEROS": int(zeros is not None),
             "NT": _column_tiles(columns), "MT": form.tiles, "WARPS": form.warps,
-            "DEPTH": form.depth, "BLOCKS": form.blocks, "SINGLE": int(columns == 1),
-            "EPILOGUE": self.epilogue,
+            "DEPTH": form.depth, "BLOCKS": form.blocks, "SPAN": form.span,
+            "SINGLE": int(columns == 1), "EPILOGUE": self.epilogue,
         }  # fmt: skip
 
     def __call__(
@@ -177,10 +235,12 @@ class Product:
         if form == LIBRARY:
             self._by_library(x, output)
             return
-        function = self.build(form, x.shape[0])
-        blocks = min(form.blocks * multiprocessors(), self.rows // (TILE * form.tiles))
-        columns = ctypes.c_int(x.shape[0])
-        function((blocks,), form.warps * 32, self._c_weights(), x, output, columns)
+        columns, card = len(x), Card.current()
+        function = self.build(form, columns)
+        function(
+            (self._blocks(form, card),), form.warps * 32, self._c_weights(), x, output,
+            ctypes.c_int(columns), ctypes.c_int(self._round(form, columns, card)),
+        )  # fmt: skip
 
     def _by_library(self, x: Tensor, output: _Output) -> None:
         w = self.weight
@@ -203,6 +263,11 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _sums(tiles: int, columns: int) -> int:
+    """Bytes of a warp's sums of a unit: of 16 outputs a tile, or 32 lanes' four a tile."""
+    return tiles * 64 if columns == 1 else tiles * _column_tiles(columns) * 512
+
+
 def _column_tiles(columns: int) -> int:
     """Eights of columns a kernel is built for: 1, 2, 4 or 8."""
     for tiles in (1, 2, 4, 8):
@@ -215,16 +280,10 @@ def _column_tiles(columns: int) -> int:
 
 
 def _shared_by(columns: int) -> str:
-    """Columns that share a form."""
+    """Columns that share forms."""
     if columns == 1 or columns > MOST_COLUMNS:
         return "1" if columns == 1 else "many"
     return str(8 * _column_tiles(columns))
-
-
-@functools.cache
-def multiprocessors() -> int:
-    """Of the current device."""
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 
 def dequantize(packed: Packed, out: Tensor) -> Tensor:
@@ -238,55 +297,7 @@ def dequantize(packed: Packed, out: Tensor) -> Tensor:
     return out
 
 
-# --- the measured table ---------------------------------------------------------------------------
-
-
-class Forms:
-    """The fastest form of each kind of product on this device, measured when first asked for."""
-
-    def __init__(self) -> None:
-        name = torch.cuda.get_device_name().lower().replace(" ", "-")
-        file = f"forms-{name}-{cuda.digest('linear.cu')}.json"
-        self.file = store.cache_folder() / "kernels" / file
-        self.table: dict[str, Any] = store.read_json(self.file) if self.file.exists() else {}
-
-    def of(self, products: Sequence[Product], columns: int) -> Form:
-        """For products of one kind, of as many layers as there are.
-
-        What is measured is one after the other, so that no weight is read from a cache.
-        """
-        kind = products[0].kind(columns)
-        if kind not in self.table:
-            times = measured(products, columns)
-            best = min(times, key=lambda form: times[form])
-            known = store.read_json(self.file) if self.file.exists() else {}  # of other processes
-            self.table = known | self.table | {kind: asdict(best)}
-            store.write_json(self.file, self.table)
-        return Form(**self.table[kind])
-
-
-def measured(products: Sequence[Product], columns: int, repeats: int = 3) -> dict[Form, float]:
-    """Seconds a product of each form, as a graph of all products in turn."""
-    first = products[0]
-    device = torch.device("cuda", torch.cuda.current_device())
-    x = torch.randn(columns, first.width, device=device).bfloat16()
-    dtype = torch.float32 if first.epilogue == LOGITS else torch.bfloat16
-    out = torch.zeros(columns, first.outputs, device=device, dtype=dtype)
-    squares = torch.ones(columns, device=device, dtype=torch.float64)
-    after = None
-    if first.epilogue == RESIDUAL:
-        after = NextNorm(torch.ones_like(out[0]), torch.empty_like(out), torch.zeros_like(squares))
-    times: dict[Form, float] = {}
-    forms = first.forms(columns)
-    compile_all([(first, form) for form in forms], columns)
-    for form in forms:
-
-        def run(form: Form = form) -> None:
-            for product in products:
-                product(form, x, out, squares=squares, eps=1e-6, after=after)
-
-        times[form] = graph_seconds(run, repeats) / len(products)
-    return times
+# --- building and timing --------------------------------------------------------------------------
 
 
 def compile_all(wanted: Sequence[tuple[Product, Form]], columns: int) -> None:
@@ -295,21 +306,3 @@ def compile_all(wanted: Sequence[tuple[Product, Form]], columns: int) -> None:
              for p, form in wanted if form != LIBRARY}  # fmt: skip
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda one: one[0].compile(one[1], columns), built.values()))
-
-
-def graph_seconds(run: Any, repeats: int) -> float:
-    """Seconds of the fastest of some replays of what a function launches."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    best = float("inf")
-    for _ in range(repeats + 1):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        best = min(best, begin.elapsed_time(end) / 1e3)
-    return best

@@ -4,7 +4,10 @@ A tile is 16 outputs. A lane (g, t) of a warp, g in 0..7 and t in 0..3, holds ou
 it, and of every 64 inputs the two runs of eight that begin at 8 t and 32 + 8 t: 32 weights in four
 words of one 16-byte read. Word 2 h + i has inputs 32 h + 8 t + 4 i .. + 3, its nibbles paired as
 the tensor cores take them: (input 0 low half, input 1 high half) of output g, then of g + 8, then
-inputs 2 and 3 of both. PTX ISA, `mma.m16n8k16`: fragments of A.
+inputs 2 and 3 of both. PTX ISA, `mma.m16n8k16`: fragments of A. Words are turned left by two bits,
+so that fp16 and bf16 have a field in their mantissas without a shift (`kernels/common.cuh`).
+
+Kernels have groups of 32, 64 or 128 inputs; larger ones are several that are alike.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from qatbench.quant.packing import Affine
 
 TILE, CHUNK = 16, 64  # outputs; inputs of one 16-byte read a lane
 SYMMETRIC = 8  # the zero point that costs nothing
+TURNED = 2  # bits, to the left
+RAISED = 32  # what fields and zero points have added as bf16
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Packed:
     """One linear, or several that share their input, joined along the outputs.
 
     words: (out / 16, in / 64, 32, 4) int32; scales: (out / 16, groups, 8) int32, each two fp16, of
-    outputs g and g + 8; zeros: the same, each two bf16 holding 128 + zero, or None where all are 8.
+    outputs g and g + 8; zeros: the same, each two bf16 holding 32 + zero, or None where all are 8.
     `paired`: tiles hold eight outputs of each half (gate and up).
     """
 
@@ -37,6 +42,7 @@ class Packed:
     width: int
     group: int
     paired: bool = False
+    alike: int = 1  # groups in a row that were one
 
     def bytes(self) -> int:
         """Of words, scales and zero points."""
@@ -59,6 +65,9 @@ def pack(linear: Affine, *, paired: bool = False) -> Packed:
             f"the engine's kernels do not take {out} x {width} in groups of {group}",
             hint=f"outputs: a multiple of {need}; inputs: of {CHUNK}; groups: of 32",
         )
+    largest = next(size for size in (128, 64, 32) if group % size == 0)
+    alike = group // largest
+    zero_points, scales = (part.repeat_interleave(alike, 1) for part in linear[1:])
     fields = _tiled(linear.fields, paired)
     tiles = fields.shape[0]
     # tile, output: (half, g), input: (chunk, h, t, i, pair, within)
@@ -69,18 +78,18 @@ def pack(linear: Affine, *, paired: bool = False) -> Packed:
         words |= nibble.permute(0, 2, 1, 4, 3, 5) << _shift(half, pair, within)
     zeros = None
     if not bool((linear.zeros == SYMMETRIC).all()):
-        zeros = _by_twos(_tiled(linear.zeros.to(torch.bfloat16) + 128, paired))
+        zeros = _by_twos(_tiled(zero_points.to(torch.bfloat16) + RAISED, paired))
     return Packed(
-        words.view(tiles, width // CHUNK, 32, 4),
-        _by_twos(_tiled(linear.scales.half(), paired)),
-        zeros, out, width, group, paired,
+        _left(words.view(tiles, width // CHUNK, 32, 4), TURNED),
+        _by_twos(_tiled(scales.half(), paired)),
+        zeros, out, width, largest, paired, alike,
     )  # fmt: skip
 
 
 def unpack(packed: Packed) -> Affine:
     """Undo `pack` exactly."""
     tiles, chunks = packed.words.shape[:2]
-    words = packed.words.view(tiles, chunks, 8, 4, 2, 2)
+    words = _left(packed.words, 32 - TURNED).view(tiles, chunks, 8, 4, 2, 2)
     shape = (tiles, 2, 8, chunks, 2, 4, 2, 2, 2)
     fields = torch.empty(shape, dtype=torch.uint8, device=words.device)
     for half, pair, within in _NIBBLES:
@@ -92,7 +101,8 @@ def unpack(packed: Packed) -> Affine:
     if packed.zeros is None:
         zeros = torch.full_like(scales, SYMMETRIC, dtype=torch.uint8)
     else:
-        zeros = (_untwo(packed.zeros, torch.bfloat16) - 128).to(torch.uint8)
+        zeros = (_untwo(packed.zeros, torch.bfloat16) - RAISED).to(torch.uint8)
+    zeros, scales = zeros[..., :: packed.alike], scales[..., :: packed.alike]
     parts = (fields.view(tiles, TILE, packed.width), zeros, scales)
     return Affine(*(_untiled(part, packed.paired) for part in parts))
 
@@ -102,6 +112,11 @@ _NIBBLES = [(half, pair, within) for half in (0, 1) for pair in (0, 1) for withi
 
 def _shift(half: int, pair: int, within: int) -> int:
     return 4 * (2 * pair + half) + 16 * within
+
+
+def _left(words: Tensor, bits: int) -> Tensor:
+    """int32, turned by some bits."""
+    return (words << bits) | ((words >> (32 - bits)) & ((1 << bits) - 1))
 
 
 def _tiled(rows: Tensor, paired: bool) -> Tensor:

@@ -12,18 +12,23 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from qatbench.engine import products
+from qatbench import store
+from qatbench.engine import forms, products
 from qatbench.engine.decoder import torch_step
 from qatbench.engine.fast import FastRunner
+from qatbench.engine.forms import choose
 from qatbench.engine.products import (
     LIBRARY,
     LOGITS,
     RESIDUAL,
     STORE,
     SWIGLU,
+    Card,
+    Form,
     NextNorm,
     Product,
 )
+from qatbench.engine.step import Step, attentions
 from qatbench.engine.weights import pack
 from qatbench.quant.packing import Affine
 from qatbench.vlm.batch import Encoded
@@ -32,7 +37,8 @@ from qatbench.vlm.load import Loaded, ModelFolder
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 TWICE = 2**-7  # bf16 rounds an output by 2^-9 of it at most, relative to the largest less
-SHAPES = [(512, 1024, 128), (576, 576, 64), (256, 256, 32), (1536, 8960, 128)]
+SHAPES = [(512, 1024, 128), (576, 576, 64), (256, 256, 32), (1536, 8960, 128), (640, 1536, 512)]
+LARGE = [(6144, 512, 128), (20480, 1024, 64)]  # several units a block, more than it has sums for
 EPS = 1e-6
 
 
@@ -54,22 +60,30 @@ def error(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).abs().max() / want.abs().max()).item()
 
 
-def some(forms: list[Any]) -> list[Any]:
+def some(every: list[Form]) -> list[Form]:
     """The library's, and forms from both ends and between."""
     return [
-        *(form for form in forms if form == LIBRARY),
-        *forms[:: max(1, len(forms) // 3)],
-        forms[-1],
+        *(form for form in every if form == LIBRARY),
+        *every[:: max(1, len(every) // 3)],
+        every[-1],
     ]
 
 
-@pytest.mark.parametrize(("out", "width", "group"), SHAPES)
-@pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "zeros"])
-@pytest.mark.parametrize("columns", [1, 3, 20, 64])
-@pytest.mark.parametrize("int4", [True, False], ids=["int4", "bf16"])
+def cases_of_products() -> list[Any]:
+    """Shape, zero points, columns and bits."""
+    cases = [
+        (*shape, zeros, columns, int4)
+        for shape in SHAPES
+        for columns in (1, 3, 20, 64)
+        for zeros, int4 in ((False, True), (True, True), (False, False))
+    ]
+    return cases + [(*shape, False, columns, True) for shape in LARGE for columns in (1, 8, 20)]
+
+
+@pytest.mark.parametrize(
+    ("out", "width", "group", "zeros", "columns", "int4"), cases_of_products(), ids=str
+)
 def test_products(out: int, width: int, group: int, zeros: bool, columns: int, int4: bool) -> None:
-    if zeros and not int4:
-        pytest.skip("bf16 has no zero points")
     torch.manual_seed(0)
     a = affine(out, width, group, zeros)
     w = torch.randn(out, width, device="cuda").bfloat16() / 16
@@ -84,13 +98,15 @@ def test_products(out: int, width: int, group: int, zeros: bool, columns: int, i
     cases = [
         (Product(weight, STORE, bias), squares, normed + bias.double(), TWICE),
         (Product(weight, RESIDUAL), None, y + before.double(), TWICE),
-        (Product(weight, LOGITS), squares, normed, 1e-5),
+        # One column: fp32 sums of up to 256 + 15 times x, of which 15 times x is what counts.
+        (Product(weight, LOGITS), squares, normed, 3e-5),
         (Product(paired, SWIGLU), squares, F.silu(gate) * up, TWICE),
     ]
-    forms = [(product, form) for product, *_ in cases for form in product.forms(columns)]
-    products.compile_all(forms, columns)
+    card = Card.current()
+    built = [(product, form) for product, *_ in cases for form in product.forms(columns, card)]
+    products.compile_all(built, columns)
     for product, given, want, bound in cases:
-        for form in product.forms(columns):
+        for form in product.forms(columns, card):
             residual = product.epilogue == RESIDUAL
             got = before.clone() if residual else torch.zeros(want.shape, device="cuda")
             got = got if product.epilogue == LOGITS else got.bfloat16()
@@ -115,11 +131,17 @@ def test_dequantizing_rounds_once(out: int, width: int, group: int, paired: bool
 
 @pytest.fixture(autouse=True)
 def few_forms(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A cache of its own for all tests, and few forms to measure."""
+    """A cache of its own for all tests, and few forms; steps take the first that they think of."""
     root = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(root))
-    every = Product.forms
-    monkeypatch.setattr(Product, "forms", lambda self, columns: some(every(self, columns)))
+    products_forms, attention_forms = Product.forms, forms.attentions
+
+    def few(self: Product, columns: int, card: Card) -> list[Form]:
+        return some(products_forms(self, columns, card))
+
+    monkeypatch.setattr(Product, "forms", few)
+    monkeypatch.setattr(forms, "attentions", lambda *given: attention_forms(*given)[:2])
+    monkeypatch.setattr(forms, "choose", lambda step, progress: step.chosen)
 
 
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -200,6 +222,43 @@ def test_steps_are_those_of_torch(family: str, lengths: tuple[int, ...], packed:
     weights = int4(reference) if packed else None
     fast = FastRunner(loaded_of(family), weights)
     compare_steps(fast, FastRunner(reference, kernels=False), prompts(*lengths))
+
+
+@pytest.mark.parametrize("family", ["llama-128", "qwen2"])
+def test_attention_is_the_same_in_all_forms(family: str) -> None:
+    fast = FastRunner(loaded_of(family))
+    started = fast.start(prompts(700, 90, 333), 24)
+    step = started.state.step
+    found = []
+    for form in attentions(fast.fused, 3):
+        step.chosen.attention = form
+        step.launch_layers(range(3))
+        found.append(step.logits.clone())
+    assert len(found) > 7
+    for logits in found[1:]:
+        assert (logits - found[0]).abs().max() < 0.05 * found[0].std()
+
+
+def test_forms_are_measured_once_and_change_no_state(
+    monkeypatch: pytest.MonkeyPatch, few_forms: None
+) -> None:
+    reference = loaded_of("llama")
+    fast = FastRunner(loaded_of("llama"), int4(reference))
+    step = fast.start(prompts(40, 8), 24).state.step
+    assert isinstance(step, Step)
+    before = [t.clone() for t in (step.token, step.count, step.cache.filled, step.cache.turned)]
+    told: list[tuple[int, int]] = []
+    chosen = choose(step, lambda done, total: told.append((done, total)))
+    after = (step.token, step.count, step.cache.filled, step.cache.turned)
+    assert all(map(torch.equal, before, after))
+    assert told[0][0] == 0
+    assert told[-1][0] == told[-1][1] - 1 == len(told) - 1
+    (file,) = (store.cache_folder() / "kernels").glob("forms-*.json")
+    monkeypatch.setattr(forms, "_seconds", lambda *given: pytest.fail("measured again"))
+    again = Step(fast.fused, step.cache, step.token, 8)
+    assert choose(again) == chosen
+    assert len(store.read_json(file)) == 1
+    compare_steps(fast, FastRunner(reference, kernels=False), prompts(40, 8))
 
 
 def test_steps_of_one_call_and_of_several_are_the_same() -> None:

@@ -1,13 +1,13 @@
 // One new token of every row looks at what its cache holds: rotary embedding and cache write included.
 //
-// A block takes a share of the keys of one key-value head and one row for all G query heads that use
-// it; the SPLITS blocks of a head are a cluster and add up their shares through shared memory. Only
-// the filled part of the cache is read, and its first keys are asked for before the kernel before
-// this one has ended: they are older than it.
+// A block takes a share of the keys of one key-value head and one row for G query heads that use it,
+// of HEADS that do; the SPLITS blocks of a head are a cluster and add up their shares through shared memory. Only
+// the filled part of the cache is read. A lane's first STAGED keys and values are on their way into
+// shared memory before the kernel before this one has ended: they are older than it.
 //
-// Defined at compilation: D (head size, a multiple of 64), G, WARPS, UNROLL (keys in flight a lane),
-// SPLITS (1 before compute capability 9.0), HEADNORM 0 | 1 (queries and keys are RMS-normalised by
-// head: Qwen3).
+// Defined at compilation: D (head size, a multiple of 64), G, HEADS (a multiple of G), WARPS, UNROLL (keys a lane takes at
+// once), STAGED (a multiple of UNROLL), SPLITS (1 before compute capability 9.0), BLOCKS (that share
+// a multiprocessor at least), HEADNORM 0 | 1 (queries and keys are RMS-normalised by head: Qwen3).
 #include "common.cuh"
 
 #define LANES (D / 8)         // that hold one key, eight numbers each
@@ -106,8 +106,8 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
-// grid (SPLITS, key-value heads, rows)
-extern "C" __global__ void __launch_bounds__(THREADS)
+// grid (SPLITS, key-value heads * HEADS / G, rows)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #if SPLITS > 1
     __cluster_dims__(SPLITS, 1, 1)
 #endif
@@ -121,7 +121,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const u16* q_norm, const u16* k_norm, float eps,
         u16* out,                // [rows][H * D]
         int length, float scale) {
-    const int split = blockIdx.x, head = blockIdx.y, heads = gridDim.y, row = blockIdx.z;
+    const int split = blockIdx.x, row = blockIdx.z, heads = gridDim.y / (HEADS / G);
+    const int head = blockIdx.y / (HEADS / G), query = blockIdx.y * G;  // the first of G
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const int sub = lane / LANES, part = lane % LANES;
     __shared__ float sums[WARPS][G][D], maxima[WARPS][G], weights[WARPS][G];
@@ -141,24 +142,25 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #if HEADNORM
     unpack(norm, ((const uint4*)q_norm)[part]);
 #endif
+    extern __shared__ uint4 staged[];  // [key or value][STAGED][THREADS]: a lane reads its own
+    uint4 *const early = staged + threadIdx.x, *const late = early + STAGED * THREADS;
     int at = from + warp * AT_ONCE + sub;
-    uint4 a[UNROLL], b[UNROLL];
 #pragma unroll
-    for (int u = 0; u < UNROLL; ++u)
+    for (int u = 0; u < STAGED; ++u)
         if (at + u * STEP < to) {
-            a[u] = k[(size_t)(at + u * STEP) * LANES], b[u] = v[(size_t)(at + u * STEP) * LANES];
-        } else {
-            a[u] = b[u] = make_uint4(0, 0, 0, 0);
+            copy_async(early + u * THREADS, k + (size_t)(at + u * STEP) * LANES);
+            copy_async(late + u * THREADS, v + (size_t)(at + u * STEP) * LANES);
         }
+    end_of_copies();
     wait_for_prior();
     start_dependents();
 
-    const uint4* fresh = (const uint4*)(qkv + (size_t)row * (G + 2) * heads * D);
+    const uint4* fresh = (const uint4*)(qkv + (size_t)row * (HEADS + 2) * heads * D);
     Sums s = {};
     float q[G][8];
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-        unpack(q[g], fresh[(head * G + g) * LANES + part]);
+        unpack(q[g], fresh[(query + g) * LANES + part]);
         prepare(q[g], norm, eps, turn, part);
         s.top[g] = -1e30f;
 #pragma unroll
@@ -166,15 +168,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     if (split == 0 && warp == 0) {  // the new key
         float x[8];
-        unpack(x, fresh[(G * heads + head) * LANES + part]);
+        unpack(x, fresh[(HEADS * heads + head) * LANES + part]);
 #if HEADNORM
         unpack(norm, ((const uint4*)k_norm)[part]);
 #endif
         prepare(x, norm, eps, turn, part);
         const uint4 key = make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]),
                                      bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
-        const uint4 value[1] = {fresh[((G + 1) * heads + head) * LANES + part]};
-        if (sub == 0) {
+        const uint4 value[1] = {fresh[((HEADS + 1) * heads + head) * LANES + part]};
+        if (sub == 0 && query % HEADS == 0) {
             ((uint4*)(keys + (base + end) * D))[part] = key;
             ((uint4*)(values + (base + end) * D))[part] = value[0];
         }
@@ -187,7 +189,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         add<1>(s, score, value);
     }
-    while (at - sub < to) {
+    uint4 a[UNROLL], b[UNROLL];
+    auto attend = [&]() {
         float score[UNROLL][G];
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
@@ -201,12 +204,33 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         add<UNROLL>(s, score, b);
         at += UNROLL * STEP;
+    };
+    auto load = [&]() {
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u)
             if (at + u * STEP < to) {
                 a[u] = k[(size_t)(at + u * STEP) * LANES];
                 b[u] = v[(size_t)(at + u * STEP) * LANES];
+            } else {
+                a[u] = b[u] = make_uint4(0, 0, 0, 0);
             }
+    };
+    wait_for_copies<0>();
+#pragma unroll 1
+    for (int i = 0; i < STAGED && at - sub < to; i += UNROLL) {
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u)
+            if (at + u * STEP < to) {
+                a[u] = early[(i + u) * THREADS], b[u] = late[(i + u) * THREADS];
+            } else {
+                a[u] = b[u] = make_uint4(0, 0, 0, 0);
+            }
+        attend();
+    }
+    load();
+    while (at - sub < to) {
+        attend();
+        load();
     }
 #pragma unroll
     for (int g = 0; g < G; ++g) {  // the keys that a warp holds side by side
@@ -255,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             weight += of_block(&weight_of[g], r) * shrink;
             sum += of_block(&mine[g][d], r) * shrink;
         }
-        out[((size_t)row * heads + head) * G * D + e] = to_bf16(sum / weight);
+        out[((size_t)row * heads * HEADS + query) * D + e] = to_bf16(sum / weight);
     }
 #if SPLITS > 1
     cluster_barrier();  // nobody leaves while his share is read

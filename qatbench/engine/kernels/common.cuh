@@ -14,6 +14,11 @@ __device__ __forceinline__ u32 bf16_pair(float a, float b) {  // a in the lower 
 }
 __device__ __forceinline__ u16 to_bf16(float v) { return (u16)bf16_pair(v, 0.f); }
 
+__device__ __forceinline__ u32 half_pair(float a, float b) {
+    u32 r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
+    return r;
+}
 __device__ __forceinline__ float half_low(u32 pair) {
     float r;
     asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(r) : "r"(pair));
@@ -32,19 +37,43 @@ __device__ __forceinline__ u32 times(u32 a, u32 b) {
     return bf16_pair(low(a) * low(b), high(a) * high(b));
 }
 
-// Fields 0 and 4 of a word as bf16 integers 128 + field: the field is the number's last bits.
+// Eight 4-bit fields lie in a word turned left by 2. Turned right by 4 i, fields i and i + 4 are bits
+// 2..5 of both halves; fields i + 1 and i + 5 are bits 6..9.
+__device__ __forceinline__ u32 turned(u32 word, int bits) {
+    return __funnelshift_r(word, word, bits);
+}
+// Bits 2..5 as bf16 integers 32 + field.
 __device__ __forceinline__ u32 raised(u32 word) {
     u32 r;
-    asm("lop3.b32 %0, %1, 0x000F000F, 0x43004300, 0xEA;" : "=r"(r) : "r"(word));
+    asm("lop3.b32 %0, %1, 0x003C003C, 0x42004200, 0xEA;" : "=r"(r) : "r"(word));
     return r;
 }
-// The fields less their zero points; `minus` is -(128 + zero): the difference is exact.
+// Less their zero points: `minus` is -(32 + zero); the difference is exact.
 __device__ __forceinline__ u32 integers(u32 word, u32 minus) {
     u32 r = raised(word);
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(r), "r"(0x3F803F80u), "r"(minus));
     return r;
 }
+// As fp16: bits 2..5 as 256 + field, bits 6..9 as 16 + field.
+__device__ __forceinline__ u32 half_256(u32 word) {
+    u32 r;
+    asm("lop3.b32 %0, %1, 0x003C003C, 0x5C005C00, 0xEA;" : "=r"(r) : "r"(word));
+    return r;
+}
+__device__ __forceinline__ u32 half_16(u32 word) {
+    u32 r;
+    asm("lop3.b32 %0, %1, 0x03C003C0, 0x4C004C00, 0xEA;" : "=r"(r) : "r"(word));
+    return r;
+}
 
+__device__ __forceinline__ void mma_half(
+    float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
 __device__ __forceinline__ void mma(
     float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm volatile(
@@ -54,12 +83,21 @@ __device__ __forceinline__ void mma(
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Read once: past the first cache.
-__device__ __forceinline__ uint4 stream(const uint4* from) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-    return v;
+// Into shared memory, without waiting for it: 16 bytes past the first cache, or 4.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    const u32 at = (u32)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_word(void* to, const void* from) {
+    const u32 at = (u32)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
+}
+__device__ __forceinline__ void end_of_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int N>
+__device__ __forceinline__ void wait_for_copies() {  // all but the last N groups
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 __device__ __forceinline__ float warp_sum(float v) {
@@ -100,35 +138,53 @@ struct Output {
 };
 
 #ifdef EPILOGUE
+#ifndef SINGLE
+#define SINGLE 0
+#endif
+
+// What was there before: two rows' biases; for RESIDUAL their numbers and the next norm's weights.
+struct Before {
+    u16 bias[2], x[2], weight[2];
+};
+__device__ __forceinline__ Before before(const Output& o, int tile, int g, int n, int rows) {
+    Before b = {};
+#if EPILOGUE != SWIGLU
+    const int row = tile * 16 + g;
+    if (o.bias) b.bias[0] = o.bias[row], b.bias[1] = o.bias[row + 8];
+#if EPILOGUE == RESIDUAL
+    const u16* x = (const u16*)o.out + (size_t)n * rows + row;
+    b.x[0] = x[0], b.x[1] = x[8], b.weight[0] = o.weight[row], b.weight[1] = o.weight[row + 8];
+#endif
+#endif
+    return b;
+}
+
 // Rows g and g + 8 of a tile (SWIGLU: row g of both halves), column n. Eight lanes side by side have
 // the eight g of one tile and column; lanes that are not `on` repeat another's work.
 __device__ __forceinline__ void finish(
-    const Output& o, int tile, int g, int n, float upper, float lower, int rows, bool on) {
-    if (o.squares) {
-        const float r = rsqrtf((float)(o.squares[n] / o.width) + o.eps);
-        upper *= r, lower *= r;
-    }
+    const Output& o, const Before& b, int tile, int g, int n, float upper, float lower, int rows,
+    bool on) {
 #if EPILOGUE == SWIGLU
-    const float y = upper / (1.f + __expf(-upper)) * lower;
+    const float y = __fdividef(upper, 1.f + __expf(-upper)) * lower;
     if (on) ((u16*)o.out)[(size_t)n * (rows / 2) + tile * 8 + g] = to_bf16(y);
 #else
     const int row = tile * 16 + g;
     const size_t to = (size_t)n * rows + row;
-    if (o.bias) upper += from_bf16(o.bias[row]), lower += from_bf16(o.bias[row + 8]);
+    if (o.bias) upper += from_bf16(b.bias[0]), lower += from_bf16(b.bias[1]);
 #if EPILOGUE == LOGITS
     if (on) ((float*)o.out)[to] = upper, ((float*)o.out)[to + 8] = lower;
 #elif EPILOGUE == RESIDUAL
-    u16* x = (u16*)o.out;
-    const u16 a = to_bf16(from_bf16(x[to]) + upper), b = to_bf16(from_bf16(x[to + 8]) + lower);
-    const float u = from_bf16(a), v = from_bf16(b);
+    const u16 first = to_bf16(from_bf16(b.x[0]) + upper), second = to_bf16(from_bf16(b.x[1]) + lower);
+    const float u = from_bf16(first), v = from_bf16(second);
     float square = on ? u * u + v * v : 0.f;
 #pragma unroll
-    for (int i = 4; i; i /= 2) square += __shfl_xor_sync(~0u, square, i);
+    for (int i = SINGLE ? 16 : 4; i; i /= 2) square += __shfl_xor_sync(~0u, square, i);
+    if (SINGLE ? threadIdx.x % 32 == 0 : on && g == 0) atomicAdd(o.next + n, (double)square);
     if (on) {
-        x[to] = a, x[to + 8] = b;
-        o.scaled[to] = to_bf16(u * from_bf16(o.weight[row]));
-        o.scaled[to + 8] = to_bf16(v * from_bf16(o.weight[row + 8]));
-        if (g == 0) atomicAdd(o.next + n, (double)square);
+        u16* x = (u16*)o.out;
+        x[to] = first, x[to + 8] = second;
+        o.scaled[to] = to_bf16(u * from_bf16(b.weight[0]));
+        o.scaled[to + 8] = to_bf16(v * from_bf16(b.weight[1]));
     }
 #else
     if (on) ((u16*)o.out)[to] = to_bf16(upper), ((u16*)o.out)[to + 8] = to_bf16(lower);

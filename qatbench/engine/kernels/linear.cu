@@ -1,41 +1,53 @@
 // y = W x for a few columns x, at the speed of memory: W is read once, in order, by every SM.
 //
-// W has `rows` outputs and K inputs, 4-bit or bf16. 16 rows are a tile; a warp takes SPANs of inputs
-// of a tile, multiplies them on the tensor cores (mma.m16n8k16, W as the left operand, up to 8 * NT
-// columns of x as the right one), and the warps of a block add up. Blocks stay and walk over tiles.
-// Which input stands where inside a product does not matter as long as W and x agree: lane (g, t)
-// takes inputs 8t..8t+7 of every 32, so that it reads 16 bytes at a time.
+// W has `rows` outputs and K inputs, 4-bit or bf16. 16 rows are a tile, MT tiles a unit. A block has
+// some units; their SPANs of inputs, in order, are shared out evenly among its warps, whatever the
+// ends of units. A warp multiplies its spans on the tensor cores (mma.m16n8k16, W as the left
+// operand, up to 8 * NT columns of x as the right one); at the end of a unit, or of its share, it
+// leaves its sums in shared memory. Warps meet once a round of units, where sums are added up.
 //
-// 4-bit fields become bf16 as 128 + field, by setting bits. For few columns a second product takes
-// 128 + zero away, which costs the tensor cores less than subtractions cost everything else. Scales
-// are applied to the sums of a group, in fp32.
+// Weights come through shared memory: each warp has DEPTH spans on their way, into slots of its own
+// that no other warp waits for. A block takes at most 1 / BLOCKS of a multiprocessor. With 2, the next
+// kernel's blocks fit in beside this one's: they fill their slots while this kernel ends, and what
+// lies between two kernels costs memory no time.
+//
+// Which input stands where inside a product does not matter as long as W and x agree: lane (g, t)
+// takes inputs 8t..8t+7 of every 32, so that it reads 16 bytes at a time, and only what it asked for.
+//
+// 4-bit fields become numbers by setting bits. For one column fp16 has room for two fields in each half
+// of a word, as 256 + field and 16 + field: x is fp16 then too, each group of it times a power of two
+// that brings its largest near 2^15, which changes no number that counts; what the constants and the
+// zero point add is taken away by the group's sum of x. For more columns fields are bf16, 32 + field:
+// for up to eight a second product takes 32 + zero away, which costs the tensor cores less than
+// subtractions cost everything else. Scales are applied to the sums of a group, in fp32.
 //
 // The RMS norm of a product's input is split: whoever makes x also writes x times the norm's weight,
 // which is what comes in here, and adds up the squares of x; 1 / rms is applied to y.
 //
-// Defined at compilation: BITS 4 | 16; GROUP inputs a scale (BITS 4); ZEROS 0 | 1; NT, MT (tiles a
-// block works on at once), WARPS, DEPTH (spans in flight a warp), BLOCKS (that
-// share a multiprocessor); SINGLE (one column); EPILOGUE.
+// Defined at compilation: BITS 4 | 16; GROUP inputs a scale, 32, 64 or 128 (BITS 4); SPAN; ZEROS 0 | 1; NT, MT,
+// WARPS, DEPTH, BLOCKS; SINGLE (one column); EPILOGUE.
 #include "common.cuh"
 
 #if BITS == 4
-#define SPAN (GROUP < 64 ? 64 : GROUP)
-#define LOADS (SPAN / 64)       // uint4 a lane, tile and span
+#define LOADS (SPAN / 64)  // uint4 a lane, tile and span
 #define GROUPS_A_SPAN (SPAN / GROUP)
 #define RAISED (NT == 1)
-#define CHAINS (NT * MT == 1 ? 2 : 1)  // sums that do not wait for each other
+#define CHAINS (RAISED && NT * MT == 1 ? 2 : 1)  // sums that do not wait for each other
 #else
-#define SPAN 64
-#define LOADS 4
+#define LOADS 4  // SPAN is 64
+#define GROUPS_A_SPAN 0  // no scales
 #endif
 #define THREADS (WARPS * 32)
+#define SUMS (SINGLE ? 2 : 4)  // of a tile and eight columns that a lane has; alike in all of SINGLE
 
+// One span of a unit on its way. A lane reads what it asked for itself: four lanes ask for the same
+// scales, which is faster than to share them.
 struct Slot {
-    uint4 w[MT][LOADS];
+    uint4 w[MT][LOADS][32];
 #if BITS == 4
-    u32 scale[MT][GROUPS_A_SPAN];
+    u32 scale[MT][GROUPS_A_SPAN][32];
 #if ZEROS
-    u32 zero[MT][GROUPS_A_SPAN];
+    u32 zero[MT][GROUPS_A_SPAN][32];
 #endif
 #endif
 };
@@ -43,93 +55,129 @@ struct Slot {
 struct Weights {
     const uint4* words;  // BITS 4: [tile][K / 64][lane]; BITS 16: bf16 [rows][K]
     const u32* scales;   // [tile][K / GROUP][8]: fp16 of rows g and g + 8
-    const u32* zeros;    // the same: small integers 128 + zero as bf16
+    const u32* zeros;    // the same: 32 + zero as bf16
     int rows, K;
 };
 
-__device__ __forceinline__ void fetch(Slot& slot, const Weights& W, int block, int span, int lane) {
-    const int g = lane >> 2;
+// Where a warp's next span comes from.
+struct Source {
+    const uint4* words;  // of this lane; BITS 16: of the upper row
+#if BITS == 4
+    const u32 *scales, *zeros;
+#else
+    int lower;           // from there to the lower row, in vectors of 8
+#endif
+    int span;            // within the unit
+};
+
+__device__ __forceinline__ Source source(const Weights& W, int unit, int span, int lane) {
+#if BITS == 4
+    const size_t at = (size_t)unit * MT * (W.K / SPAN) + span, scale = at * GROUPS_A_SPAN * 8 + lane / 4;
+    return Source{W.words + at * LOADS * 32 + lane, W.scales + scale, W.zeros + scale, span};
+#else
+    const int step = W.K / 8, half = EPILOGUE == SWIGLU ? W.rows / 2 : 8;
+    const int row = unit * MT * (EPILOGUE == SWIGLU ? 8 : 16) + lane / 4;
+    return Source{W.words + (size_t)row * step + span * 8 + (lane & 3), half * step, span};
+#endif
+}
+
+// Ask for a span, and go on.
+__device__ __forceinline__ void fetch(Slot& slot, Source& s, int K, int lane) {
+    const int spans = K / SPAN;
+#if BITS == 4
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
-        const int tile = block * MT + m;
-#if BITS == 4
-        const uint4* from = W.words + ((size_t)tile * (W.K / 64) + span * LOADS) * 32 + lane;
 #pragma unroll
-        for (int i = 0; i < LOADS; ++i) slot.w[m][i] = stream(from + i * 32);
-        const size_t at = ((size_t)tile * (W.K / GROUP) + span * GROUPS_A_SPAN) * 8 + g;
+        for (int i = 0; i < LOADS; ++i)
+            copy_async(&slot.w[m][i][lane], s.words + (size_t)(m * spans * LOADS + i) * 32);
 #pragma unroll
         for (int i = 0; i < GROUPS_A_SPAN; ++i) {
-            slot.scale[m][i] = W.scales[at + i * 8];
+            const int at = (m * spans * GROUPS_A_SPAN + i) * 8;
+            copy_word(&slot.scale[m][i][lane], s.scales + at);
 #if ZEROS
-            slot.zero[m][i] = W.zeros[at + i * 8];
+            copy_word(&slot.zero[m][i][lane], s.zeros + at);
 #endif
         }
-#else
-#if EPILOGUE == SWIGLU
-        const int upper = tile * 8 + g, lower = W.rows / 2 + upper;
-#else
-        const int upper = tile * 16 + g, lower = upper + 8;
-#endif
-        const int step = W.K / 8, at = span * 8 + (lane & 3);  // in vectors of 8
-        const uint4* a = W.words + (size_t)upper * step + at;
-        const uint4* b = W.words + (size_t)lower * step + at;
-        slot.w[m][0] = stream(a), slot.w[m][1] = stream(b);
-        slot.w[m][2] = stream(a + 4), slot.w[m][3] = stream(b + 4);
-#endif
     }
+    s.words += LOADS * 32, s.scales += GROUPS_A_SPAN * 8, s.zeros += GROUPS_A_SPAN * 8;
+    if (MT > 1 && ++s.span == spans) {
+        const int on = (MT - 1) * spans;
+        s.span = 0, s.words += on * LOADS * 32;
+        s.scales += on * GROUPS_A_SPAN * 8, s.zeros += on * GROUPS_A_SPAN * 8;
+    }
+#else
+    const int rows = EPILOGUE == SWIGLU ? 8 : 16;
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+        const uint4 *a = s.words + m * rows * (K / 8), *b = a + s.lower;
+        copy_async(&slot.w[m][0][lane], a), copy_async(&slot.w[m][1][lane], b);
+        copy_async(&slot.w[m][2][lane], a + 4), copy_async(&slot.w[m][3][lane], b + 4);
+    }
+    s.words += 8;
+    if (++s.span == spans) s.span = 0, s.words += (rows * MT - 1) * (K / 8);
+#endif
 }
+
+// A span of the input: a lane's first vectors; if SINGLE in shared memory.
+struct Input {
+    const uint4* x[NT];
+    const float2* groups;  // SINGLE, BITS 4: the sum of x over a group, and what x was divided by
+};
 
 // One span of all columns: acc += W[:, span] x[span].
 __device__ __forceinline__ void multiply(
-    float (&acc)[MT][NT][4], const Slot& slot, const uint4* x, int K, int columns, int span,
-    int lane) {
-    const int g = lane >> 2, t = lane & 3;
-    const uint4* mine[NT];
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-        const int column = SINGLE ? 0 : min(n * 8 + g, columns - 1);
-        mine[n] = x + (size_t)column * (K / 8) + span * (SPAN / 8) + t;
-    }
+    float (&acc)[MT][NT][SUMS], const Slot& slot, const Input& in, int lane) {
 #if BITS == 4
 #pragma unroll
     for (int group = 0; group < GROUPS_A_SPAN; ++group) {
         float part[CHAINS][MT][NT][4] = {};
-#if RAISED
-        float less[CHAINS][MT][NT][4] = {};
+#if RAISED && !SINGLE
+        float less[CHAINS][ZEROS ? MT : 1][NT][4] = {};  // alike in all tiles without zero points
 #endif
 #pragma unroll
         for (int k = 0; k < GROUP / 32; ++k) {
             const int i = group * (GROUP / 32) + k;
             uint4 b[NT];
 #pragma unroll
-            for (int n = 0; n < NT; ++n) b[n] = mine[n][i * 4];
+            for (int n = 0; n < NT; ++n) b[n] = in.x[n][i * 4];
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
+                const uint4 four = slot.w[m][i / 2][lane];
+                const u32 words[2] = {i % 2 ? four.z : four.x, i % 2 ? four.w : four.y};
+#if !SINGLE
 #if ZEROS
-                const u32 pair = slot.zero[m][group];
+                const u32 pair = slot.zero[m][group][lane];
                 const u32 upper = __byte_perm(pair, 0, 0x1010) | 0x80008000u;
                 const u32 lower = __byte_perm(pair, 0, 0x3232) | 0x80008000u;
 #else
-                const u32 upper = 0xC308C308u, lower = 0xC308C308u;  // -(128 + 8)
+                const u32 upper = 0xC220C220u, lower = 0xC220C220u;  // -(32 + 8)
 #endif
-                const uint4 four = slot.w[m][i / 2];
-                const u32 words[2] = {i % 2 ? four.z : four.x, i % 2 ? four.w : four.y};
+#endif
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     const u32 w = words[j];
                     const int c = j % CHAINS;
-#if RAISED
-                    const u32 a[4] = {raised(w), raised(w >> 4), raised(w >> 8), raised(w >> 12)};
+#if SINGLE
+                    const u32 v = turned(w, 8);
+                    const u32 a[4] = {half_256(w), half_16(w), half_256(v), half_16(v)};
+#elif RAISED
+                    const u32 a[4] = {raised(w), raised(turned(w, 4)), raised(turned(w, 8)),
+                                      raised(turned(w, 12))};
 #else
-                    const u32 a[4] = {integers(w, upper), integers(w >> 4, lower),
-                                      integers(w >> 8, upper), integers(w >> 12, lower)};
+                    const u32 a[4] = {
+                        integers(w, upper), integers(turned(w, 4), lower),
+                        integers(turned(w, 8), upper), integers(turned(w, 12), lower)};
 #endif
 #pragma unroll
                     for (int n = 0; n < NT; ++n) {
                         const u32 b0 = j ? b[n].z : b[n].x, b1 = j ? b[n].w : b[n].y;
+#if SINGLE
+                        mma_half(part[c][m][n], a[0], a[1], a[2], a[3], b0, b1);
+#else
                         mma(part[c][m][n], a[0], a[1], a[2], a[3], b0, b1);
-#if RAISED
-                        mma(less[c][m][n], upper, lower, upper, lower, b0, b1);
+#endif
+#if RAISED && !SINGLE
+                        if (ZEROS || m == 0) mma(less[c][m][n], upper, lower, upper, lower, b0, b1);
 #endif
                     }
                 }
@@ -137,91 +185,243 @@ __device__ __forceinline__ void multiply(
         }
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            const u32 pair = slot.scale[m][group];
+            const u32 pair = slot.scale[m][group][lane];
+#if SINGLE
+            const float2 x = in.groups[group];
+            const float scale[2] = {half_low(pair) * x.y, half_high(pair) * x.y};
+#if ZEROS
+            const u32 zero = slot.zero[m][group][lane];
+            const float less[2] = {(low(zero) + 224.f) * x.x, (high(zero) - 16.f) * x.x};
+#else
+            const float less[2] = {264.f * x.x, 24.f * x.x};  // 256 + 8, 16 + 8
+#endif
+#else
             const float scale[2] = {half_low(pair), half_high(pair)};
+#endif
 #pragma unroll
             for (int n = 0; n < NT; ++n)
 #pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    float sum = part[0][m][n][c];
-#if RAISED
-                    sum += less[0][m][n][c];
-                    if (CHAINS == 2) sum += part[CHAINS - 1][m][n][c] + less[CHAINS - 1][m][n][c];
+                for (int s = 0; s < SUMS; ++s) {
+                    const int c = s * 4 / SUMS;
+                    float y = part[0][m][n][c];
+                    if (CHAINS == 2) y += part[CHAINS - 1][m][n][c];
+#if SINGLE
+                    y -= less[s];
+#elif RAISED
+                    y += less[0][ZEROS ? m : 0][n][c];
+                    if (CHAINS == 2) y += less[CHAINS - 1][ZEROS ? m : 0][n][c];
 #endif
-                    acc[m][n][c] += scale[c / 2] * sum;
+                    acc[m][n][s] += scale[c / 2] * y;
                 }
         }
     }
 #else
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        uint4 b[NT];
+    for (int m = 0; m < MT; ++m)
 #pragma unroll
-        for (int n = 0; n < NT; ++n) b[n] = mine[n][i * 4];
+        for (int n = 0; n < NT; ++n) {
+            float part[4] = {};
 #pragma unroll
-        for (int m = 0; m < MT; ++m) {
-            const uint4 u = slot.w[m][2 * i], v = slot.w[m][2 * i + 1];
-#pragma unroll
-            for (int n = 0; n < NT; ++n) {
-                mma(acc[m][n], u.x, v.x, u.y, v.y, b[n].x, b[n].y);
-                mma(acc[m][n], u.z, v.z, u.w, v.w, b[n].z, b[n].w);
+            for (int i = 0; i < 2; ++i) {
+                const uint4 u = slot.w[m][2 * i][lane], v = slot.w[m][2 * i + 1][lane];
+                const uint4 b = in.x[n][i * 4];
+                mma(part, u.x, v.x, u.y, v.y, b.x, b.y);
+                mma(part, u.z, v.z, u.w, v.w, b.z, b.w);
             }
+#pragma unroll
+            for (int s = 0; s < SUMS; ++s) acc[m][n][s] += part[s * 4 / SUMS];
         }
-    }
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
-    Weights W, const uint4* x, Output output, int columns) {
-    __shared__ float4 sums[WARPS][MT][NT][32];
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const int spans = W.K / SPAN, blocks = W.rows / (16 * MT);
-    const int slots = (spans + WARPS * DEPTH - 1) / (WARPS * DEPTH) * DEPTH;  // a warp and block
+// A warp's sums of a unit, where it leaves them: of the units and warps of a round, in order, each
+// pair that has something to leave has an index of its own.
+struct Sums {
+#if SINGLE
+    float of[MT][16];
+#else
+    float4 of[MT][NT][32];
+#endif
+};
 
-    Slot ring[DEPTH];
-    int next_block = blockIdx.x, next = 0;  // what is fetched next
+__device__ __forceinline__ void leave(Sums& to, float (&acc)[MT][NT][SUMS], int columns, int lane) {
 #pragma unroll
-    for (int d = 0; d < DEPTH; ++d) {
-        const int span = warp + next * WARPS;
-        if (next_block < blocks && span < spans) fetch(ring[d], W, next_block, span, lane);
-        ++next;
-    }
-    if (next == slots) next = 0, next_block += gridDim.x;
-    wait_for_prior();
-    start_dependents();
-    for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
-        float acc[MT][NT][4] = {};
-        for (int slot = 0; slot < slots; slot += DEPTH) {
+    for (int m = 0; m < MT; ++m)
 #pragma unroll
-            for (int d = 0; d < DEPTH; ++d) {
-                const int span = warp + (slot + d) * WARPS;
-                if (span < spans) multiply(acc, ring[d], x, W.K, columns, span, lane);
-                const int coming = warp + (next + d) * WARPS;
-                if (next_block < blocks && coming < spans)
-                    fetch(ring[d], W, next_block, coming, lane);
-            }
-            next += DEPTH;
-            if (next == slots) next = 0, next_block += gridDim.x;
+        for (int n = 0; n < NT; ++n) {
+#if SINGLE
+            if (lane % 4 == 0) to.of[m][lane / 4] = acc[m][n][0], to.of[m][lane / 4 + 8] = acc[m][n][1];
+#else
+            if (n * 8 + (lane & 3) * 2 < columns)
+                to.of[m][n][lane] =
+                    make_float4(acc[m][n][0], acc[m][n][1], acc[m][n][2], acc[m][n][3]);
+#endif
+#pragma unroll
+            for (int s = 0; s < SUMS; ++s) acc[m][n][s] = 0.f;
         }
-        __syncthreads();  // the sums of the block before were read
+}
+
+// What a thread does at the end of a round: rows g and g + 8 of a tile of the round, column n.
+struct Item {
+    int g, tile, n;
+};
+__device__ __forceinline__ Item item(int e, int units) {
+    const int tiles = units * MT;
+    return SINGLE ? Item{e % 8, e / 8, 0} : Item{e % 8, e / 8 % tiles, e / 8 / tiles};
+}
+
+// The first and the last warp that have a share of a unit of a round.
+__device__ __forceinline__ u32 sharers(int unit, int units, int spans) {
+    const int all = units * spans, from = unit * spans;
+    return ((from + 1) * WARPS - 1) / all | ((from + spans) * WARPS - 1) / all << 16;
+}
+
+// Rows g and g + 8 of a tile, column n: of all warps that had a share of the unit.
+__device__ __forceinline__ float2 total(
+    const Sums* sums, u32 sharers, int unit, int m, int g, int n, int all) {
+    float2 y = make_float2(0.f, 0.f);
+    for (int w = sharers & 0xFFFF; w <= sharers >> 16; ++w) {
+        if (all < WARPS && w * all / WARPS == (w + 1) * all / WARPS) continue;  // had nothing
+#if SINGLE
+        const float* at = &sums[unit + w].of[m][g];
+        y.x += at[0], y.y += at[8];
+#else
+        const float* at = (const float*)&sums[unit + w].of[m][n / 8][g * 4 + n % 8 / 2] + n % 2;
+        y.x += at[0], y.y += at[2];
+#endif
+    }
+    return y;
+}
+
+#if SINGLE
+// x into shared memory, a vector of eight a thread and turn; BITS 4: as fp16, with each group's sum.
+__device__ __forceinline__ void stage(uint4* to, float2* groups, const uint4* x, int K) {
+    for (int first = 0; first < K / 8; first += THREADS * 4) {
+        uint4 v[4];
 #pragma unroll
-        for (int m = 0; m < MT; ++m)
+        for (int j = 0; j < 4; ++j) {
+            const int i = first + j * THREADS + threadIdx.x;
+            v[j] = i < K / 8 ? x[i] : make_uint4(0, 0, 0, 0);
+        }
 #pragma unroll
-            for (int n = 0; n < NT; ++n)
-                if (n * 8 + (lane & 3) * 2 < columns)
-                    sums[warp][m][n][lane] =
-                        make_float4(acc[m][n][0], acc[m][n][1], acc[m][n][2], acc[m][n][3]);
+        for (int j = 0; j < 4; ++j) {
+            const int i = first + j * THREADS + threadIdx.x;
+            if (first + j * THREADS + (threadIdx.x & ~31) >= K / 8) break;  // the whole warp
+#if BITS == 4
+            float f[8] = {low(v[j].x), high(v[j].x), low(v[j].y), high(v[j].y),
+                          low(v[j].z), high(v[j].z), low(v[j].w), high(v[j].w)};
+            float most = 0.f, sum = 0.f;
+#pragma unroll
+            for (int e = 0; e < 8; ++e) most = fmaxf(most, fabsf(f[e])), sum += f[e];
+#pragma unroll
+            for (int l = GROUP / 16; l; l /= 2) {
+                most = fmaxf(most, __shfl_xor_sync(~0u, most, l));
+                sum += __shfl_xor_sync(~0u, sum, l);
+            }
+            const u32 exponent = max(__float_as_uint(most) >> 23, 15u);
+            const float times = __uint_as_float(268 - exponent << 23);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) f[e] *= times;
+            v[j] = make_uint4(half_pair(f[0], f[1]), half_pair(f[2], f[3]), half_pair(f[4], f[5]),
+                              half_pair(f[6], f[7]));
+            if (i < K / 8 && i % (GROUP / 8) == 0)
+                groups[i * 8 / GROUP] = make_float2(sum * times, __uint_as_float(exponent - 14 << 23));
+#endif
+            if (i < K / 8) to[i] = v[j];
+        }
+    }
+}
+#endif
+
+// `round`: units that a block has sums for at once. Dynamic shared memory: WARPS * DEPTH slots, sums
+// of round + WARPS pairs, sharers of round units; if SINGLE x, and its sums over groups.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
+    Weights W, const uint4* x, Output output, int columns, int round) {
+    extern __shared__ __align__(128) unsigned char memory[];
+    __shared__ float factors[NT * 8];
+    Slot* ring = (Slot*)memory;
+    Sums* sums = (Sums*)(ring + WARPS * DEPTH);
+    u32* shared_by = (u32*)(sums + round + WARPS);
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const int spans = W.K / SPAN, all = W.rows / (16 * MT);
+    const int first = (long long)all * blockIdx.x / gridDim.x;
+    const int end = (long long)all * (blockIdx.x + 1) / gridDim.x;
+    Slot *const slots = ring + warp * DEPTH, *slot = slots;
+    const int x_lane = lane & 3;
+    Input in;
+#if SINGLE
+    uint4* staged = (uint4*)(shared_by + (round + 3) / 4 * 4);
+    float2* groups = (float2*)(staged + W.K / 8);
+    in.x[0] = staged + x_lane, in.groups = groups;
+#else
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+        in.x[n] = x + (size_t)min(n * 8 + lane / 4, columns - 1) * (W.K / 8) + x_lane;
+#endif
+    const float per_input = 1.f / output.width;
+    for (int begin = first; begin < end; begin += round) {
+        const int units = min(round, end - begin), share = units * spans;
+        const int from = warp * share / WARPS;
+        int left = (warp + 1) * share / WARPS - from, span = from % spans;
+        Source next = source(W, begin + from / spans, span, lane);
+#pragma unroll 1
+        for (int d = 0; d < DEPTH; ++d) {
+            if (d < left) fetch(slots[d], next, W.K, lane);
+            end_of_copies();
+        }
+        if (threadIdx.x < units) shared_by[threadIdx.x] = sharers(threadIdx.x, units, spans);
+        // What is wanted at the end and older than the kernel before this one.
+        const int items = units * MT * 8 * columns;
+        const Item one = item(min((int)threadIdx.x, items - 1), units);
+        const Before early = before(output, begin * MT + one.tile, one.g, one.n, W.rows);
+        if (begin == first) {
+            wait_for_prior();
+            start_dependents();
+            const bool normed = output.squares && threadIdx.x < columns;
+            const float square = normed ? (float)output.squares[threadIdx.x] : 0.f;
+#if SINGLE
+            stage(staged, groups, x, W.K);
+#endif
+            if (threadIdx.x < NT * 8)
+                factors[threadIdx.x] = normed ? rsqrtf(square * per_input + output.eps) : 1.f;
+#if SINGLE
+            __syncthreads();
+#endif
+        }
+        Sums* to = sums + from / spans + warp;
+        float acc[MT][NT][SUMS] = {};
+        Input now = in;
+#pragma unroll
+        for (int n = 0; n < NT; ++n) now.x[n] += span * (SPAN / 8);
+        if (BITS == 4 && SINGLE) now.groups += span * GROUPS_A_SPAN;
+        slot = slots;
+#pragma unroll 1
+        while (left) {
+            wait_for_copies<DEPTH - 1>();
+            multiply(acc, *slot, now, lane);
+            if (left > DEPTH) fetch(*slot, next, W.K, lane);
+            end_of_copies();
+            if (++slot == slots + DEPTH) slot = slots;
+#pragma unroll
+            for (int n = 0; n < NT; ++n) now.x[n] += SPAN / 8;
+            if (BITS == 4 && SINGLE) now.groups += GROUPS_A_SPAN;
+            --left;
+            if (++span == spans || left == 0) {
+                leave(*to++, acc, columns, lane);
+                span = 0, now = in;
+            }
+        }
         __syncthreads();
         // Eight threads a tile and column, in one group of lanes; all of a warp stay together.
-        const int work = MT * 8 * columns;
-        for (int base = warp * 32; base < work; base += THREADS) {
-            const int e = min(base + lane, work - 1), g = e % 8, m = e / 8 % MT, n = e / (8 * MT);
-            const float* at = (const float*)&sums[0][m][n / 8][g * 4 + n % 8 / 2] + n % 2;
-            float upper = 0.f, lower = 0.f;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w)
-                upper += at[w * MT * NT * 128], lower += at[w * MT * NT * 128 + 2];
-            finish(output, block * MT + m, g, n, upper, lower, W.rows, base + lane < work);
+        for (int base = warp * 32; base < items; base += THREADS) {
+            const Item e = item(min(base + lane, items - 1), units);
+            const int tile = begin * MT + e.tile, unit = e.tile / MT;
+            const float2 y =
+                total(sums, shared_by[unit], unit, e.tile % MT, e.g, e.n, units * spans);
+            const float f = factors[e.n];
+            finish(output, base < THREADS ? early : before(output, tile, e.g, e.n, W.rows), tile, e.g, e.n,
+                   y.x * f, y.y * f, W.rows, base + lane < items);
         }
+        if (begin + round < end) __syncthreads();  // sums were read
     }
 }

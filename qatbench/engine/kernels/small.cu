@@ -44,7 +44,10 @@ extern "C" __global__ void __launch_bounds__(256) after(const u16* y, Output out
     const int upper = tile * 16 + g, lower = upper + 8;
 #endif
     y += (size_t)n * rows;
-    finish(output, tile, g, n, from_bf16(y[upper]), from_bf16(y[lower]), rows, on);
+    const float f =
+        output.squares ? rsqrtf((float)output.squares[n] / output.width + output.eps) : 1.f;
+    finish(output, before(output, tile, g, n, rows), tile, g, n, from_bf16(y[upper]) * f,
+           from_bf16(y[lower]) * f, rows, on);
 }
 #endif
 
@@ -85,6 +88,14 @@ extern "C" __global__ void __launch_bounds__(256) choose(
 }
 
 #ifdef GROUP
+// Read once: past the first cache.
+__device__ __forceinline__ uint4 stream(const uint4* from) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+
 // Packed words -> bf16 [rows][K]; with `paired` tiles hold 8 rows of each half. grid (tiles),
 // 256 threads. GROUP and ZEROS are defined at compilation.
 extern "C" __global__ void __launch_bounds__(256) dequantize(
@@ -104,12 +115,13 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
             const u32 mu = __byte_perm(pair, 0, 0x1010) | 0x80008000u;
             const u32 ml = __byte_perm(pair, 0, 0x3232) | 0x80008000u;
 #else
-            const u32 mu = 0xC308C308u, ml = 0xC308C308u;
+            const u32 mu = 0xC220C220u, ml = 0xC220C220u;
 #endif
             const u32 a = h ? four.z : four.x, b = h ? four.w : four.y;
-            const u32 u[4] = {integers(a, mu), integers(a >> 8, mu), integers(b, mu), integers(b >> 8, mu)};
-            const u32 l[4] = {integers(a >> 4, ml), integers(a >> 12, ml), integers(b >> 4, ml),
-                              integers(b >> 12, ml)};
+            const u32 u[4] = {integers(a, mu), integers(turned(a, 8), mu), integers(b, mu),
+                              integers(turned(b, 8), mu)};
+            const u32 l[4] = {integers(turned(a, 4), ml), integers(turned(a, 12), ml),
+                              integers(turned(b, 4), ml), integers(turned(b, 12), ml)};
             u32 x[4], y[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {

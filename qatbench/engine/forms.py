@@ -1,0 +1,123 @@
+"""The fastest forms of a step's kernels on the device at hand: measured where they run.
+
+How fast a kernel is depends on its neighbours: it starts while the one before it ends, in what room
+that one leaves. So forms are compared in a step of the model itself, one kind of kernel after the
+other, twice; what is found is kept in the cache folder by device name.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from qatbench import store
+from qatbench.engine import cuda
+from qatbench.engine.products import LIBRARY, Card, Form, Product, compile_all
+from qatbench.engine.step import Attention, Chosen, Step, attentions
+
+LAYERS = 12  # of a step that is timed
+STEPS, REPEATS = 8, 3
+AGAIN = 6  # of each kind, that are compared a second time
+FEW = 16  # bytes a thread that may lie outside registers
+_SOURCES = ("linear.cu", "attention.cu")
+
+
+def choose(step: Step, progress: Callable[[int, int], None] | None = None) -> Chosen:
+    """The forms for a step: from the cache, or measured in it. The step goes no further.
+
+    Raises: PrerequisiteError where a kernel does not compile.
+    """
+    file, key = _file(), _key(step)
+    known = store.read_json(file) if file.exists() else {}
+    if key not in known:
+        _measure(step, progress or (lambda done, total: None))
+        known = store.read_json(file) if file.exists() else {}  # of other processes
+        store.write_json(file, known | {key: _told(step)})
+        return step.chosen
+    kept = known[key]
+    products = {
+        id(product): Form(**kept["products"][kind])
+        for kind, alike in step.fused.kinds(len(step.token)).items()
+        for product in alike
+    }
+    step.chosen = Chosen(products, Attention(**kept["attention"]))
+    return step.chosen
+
+
+def _file() -> Any:
+    name = torch.cuda.get_device_name().lower().replace(" ", "-")
+    digests = "-".join(cuda.digest(source) for source in _SOURCES)
+    return store.cache_folder() / "kernels" / f"forms-{name}-{digests}.json"
+
+
+def _key(step: Step) -> str:
+    s = step.fused.decoder.sizes
+    heads = f"{len(step.token) * s.kv_heads} x {s.group} heads of {s.head}"
+    return "; ".join([*step.fused.kinds(len(step.token)), heads])
+
+
+def _told(step: Step) -> dict[str, Any]:
+    kinds = step.fused.kinds(len(step.token)).items()
+    products = {kind: asdict(step.chosen.products[id(alike[0])]) for kind, alike in kinds}
+    return {"products": products, "attention": asdict(step.chosen.attention)}
+
+
+def _measure(step: Step, progress: Callable[[int, int], None]) -> None:
+    rows, layers = len(step.token), range(min(LAYERS, step.fused.decoder.sizes.layers))
+    kinds = list(step.fused.kinds(rows).values())
+    choices: list[tuple[Callable[[Any], None], list[Any]]] = [
+        (functools.partial(_take_form, step, alike), _without_spills(alike[0], rows))
+        for alike in kinds
+    ]
+    attentions = functools.partial(_take_attention, step), _attentions_without_spills(step, rows)
+    choices.insert(1, attentions)
+    total, done = sum(len(forms) + min(AGAIN, len(forms)) for _, forms in choices), 0
+    for _ in range(2):
+        for i, (take, forms) in enumerate(choices):
+            times = {}
+            for form in forms:
+                progress(done, total)
+                done += 1
+                take(form)
+                times[form] = _seconds(step, layers)
+            forms = sorted(forms, key=lambda form: times[form])
+            take(forms[0])
+            choices[i] = take, forms[:AGAIN]
+
+
+def _take_form(step: Step, alike: list[Product], form: Form) -> None:
+    step.chosen.products |= {id(product): form for product in alike}
+
+
+def _take_attention(step: Step, form: Attention) -> None:
+    step.chosen.attention = form
+
+
+def _seconds(step: Step, layers: range) -> float:
+    """Of one step after another, as it will be: the fastest of some."""
+    graph = cuda.captured(lambda: step.launch_layers(layers))
+    return min(cuda.seconds_of(graph, STEPS) for _ in range(REPEATS))
+
+
+def _without_spills(product: Product, rows: int) -> list[Form]:
+    """Forms whose registers suffice, almost, or those that lack the fewest where none's do."""
+    every = product.forms(rows, Card.current())
+    own = [form for form in every if form != LIBRARY]
+    compile_all([(product, form) for form in own], rows)
+    least = min((product.build(form, rows).spilled for form in own), default=0)
+    most = max(least, FEW)
+    return [f for f in every if f == LIBRARY or product.build(f, rows).spilled <= most]
+
+
+def _attentions_without_spills(step: Step, rows: int) -> list[Attention]:
+    every = attentions(step.fused, rows)
+    norms = step.fused.layers[0].q_norm is not None
+    with ThreadPoolExecutor() as pool:  # the compiler lets other threads run
+        list(pool.map(lambda form: step.compile_attention(form, norms), every))
+    spilled = {form: step.attention_kernel(form, norms).spilled for form in every}
+    return [form for form in every if spilled[form] <= max(FEW, min(spilled.values()))]

@@ -1,0 +1,179 @@
+"""A decoding step of a batch on CUDA: its kernels, captured as a graph."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qatbench.engine import cuda
+from qatbench.engine.decoder import Cache
+from qatbench.engine.fused import Fused, Layer
+from qatbench.engine.products import Card, Form, NextNorm
+
+_CHOOSERS = 32  # blocks a row that look for the likeliest token
+_STAGED = 32  # bytes of shared memory for a key and a value of a lane
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How attention is built and launched: see `kernels/attention.cu`."""
+
+    splits: int  # blocks that share the keys of a row and head
+    heads: int  # query heads that a block serves
+    unroll: int  # keys that a lane takes at once
+    staged: int  # keys that a lane asks for before its turn
+    blocks: int  # that share a multiprocessor at least
+
+
+def attentions(fused: Fused, rows: int) -> list[Attention]:
+    """All that can run and may be the fastest; the first one is a good guess."""
+    s, card = fused.decoder.sizes, Card.current().multiprocessors
+    found = []
+    for heads in (n for n in (1, 2, 3, 4, 6, 8, s.group) if s.group % n == 0 and n <= s.group):
+        at_least = rows * s.kv_heads * s.group // heads
+        splits = [n for n in (8, 4, 2, 1) if 2 * n * at_least <= 5 * card] or [1]
+        if torch.cuda.get_device_capability() < cuda.OVERLAPS:
+            splits = [1]
+        shapes = [(2, 4, 4), (4, 4, 3), (4, 8, 2), (8, 8, 2)] if heads == 1 else [
+            (2, 4, 2), (1, 4, 2), (2, 4, 1), (1, 4, 1)]  # fmt: skip
+        found += [Attention(n, heads, *shape) for n in splits[:2] for shape in shapes]
+    return list(dict.fromkeys(found))
+
+
+@dataclass
+class Chosen:
+    """The forms of a step's kernels; of products by identity."""
+
+    products: dict[int, Form]
+    attention: Attention
+
+
+class Step:
+    """One decoding step of a batch, captured; replayed, every row is a token further."""
+
+    def __init__(
+        self, fused: Fused, cache: Cache, token: Tensor, room: int, chosen: Chosen | None = None
+    ) -> None:
+        s, device = fused.decoder.sizes, token.device
+        rows = len(token)
+        self.fused, self.cache, self.token, self.room = fused, cache, token, room
+        new = functools.partial(torch.empty, dtype=torch.bfloat16, device=device)
+        zeros = functools.partial(torch.zeros, dtype=torch.int32, device=device)
+        inner = max(layer.gate_up.rows // 2 for layer in fused.layers)
+        self.x, self.scaled = new(rows, s.hidden), new(rows, s.hidden)
+        self.squares = torch.zeros(2 * s.layers + 1, rows, dtype=torch.float64, device=device)
+        self.qkv = new(rows, (s.heads + 2 * s.kv_heads) * s.head)
+        self.seen = new(rows, s.heads * s.head)
+        self.inner = new(rows, inner)
+        self.logits = torch.empty(rows, fused.head.rows, dtype=torch.float32, device=device)
+        self.told = torch.zeros(rows, room, dtype=torch.int64, device=device)
+        self.count, self.left = zeros(rows), zeros(rows)
+        self.best = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.chosen = chosen or first_guess(fused, rows)
+        cos, sin = fused.decoder.rope(cache.length + 1)
+        half = s.head // 2
+        self.rope = torch.stack((cos[:, :half], sin[:, :half]), -1).float().contiguous()
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def launch(self) -> None:
+        """All kernels of a step, on the current stream."""
+        s, rows = self.fused.decoder.sizes, len(self.token)
+        self.launch_layers(range(s.layers))
+        choose = cuda.kernel("small.cu", "choose")
+        choose(
+            (_CHOOSERS, rows), 256, self.logits, ctypes.c_int(s.vocabulary),
+            ctypes.c_int(self.logits.shape[1]), self.best, self.left, self.token, self.told,
+            self.count, self.cache.filled, self.cache.turned, ctypes.c_int(self.room),
+        )  # fmt: skip
+
+    def launch_layers(self, indices: Iterable[int]) -> None:
+        """A step from the token to its logits through some of the layers; nothing goes on."""
+        fused, s = self.fused, self.fused.decoder.sizes
+        rows, forms = len(self.token), self.chosen.products
+        table = fused.decoder.inner.embed_tokens.weight
+        embed = cuda.kernel("small.cu", "embed")
+        embed(
+            (rows,), 256, self.token, table, fused.layers[0].first_norm, self.x, self.scaled,
+            self.squares, ctypes.c_int(s.hidden // 8), ctypes.c_int(len(self.squares)),
+        )  # fmt: skip
+        following = [layer.first_norm for layer in fused.layers[1:]] + [fused.norm]
+        for i in indices:
+            layer, norm = fused.layers[i], following[i]
+            first, second, third = self.squares[2 * i : 2 * i + 3]
+            layer.qkv(forms[id(layer.qkv)], self.scaled, self.qkv, squares=first, eps=s.eps)
+            self._attend(i, layer)
+            after = NextNorm(layer.second_norm, self.scaled, second)
+            layer.out(forms[id(layer.out)], self.seen, self.x, after=after)
+            gate_up = forms[id(layer.gate_up)]
+            layer.gate_up(gate_up, self.scaled, self.inner, squares=second, eps=s.eps)
+            after = NextNorm(norm, self.scaled, third)
+            layer.down(forms[id(layer.down)], self.inner, self.x, after=after)
+        last = self.squares[-1]
+        fused.head(forms[id(fused.head)], self.scaled, self.logits, squares=last, eps=s.eps)
+
+    def attention_kernel(self, form: Attention, norms: bool) -> cuda.Kernel:
+        """Attention in a form."""
+        shared = form.staged * self._warps(form) * 32 * _STAGED
+        defines = self._attention_defines(form, norms)
+        return cuda.kernel("attention.cu", "attention", shared=shared, **defines)
+
+    def compile_attention(self, form: Attention, norms: bool) -> None:
+        """Compile it into the cache."""
+        defines = self._attention_defines(form, norms)
+        cuda.binary("attention.cu", defines, torch.cuda.get_device_capability())
+
+    def _warps(self, form: Attention) -> int:
+        """Of a block of attention: their sums fit into shared memory."""
+        return 8 if form.heads * self.fused.decoder.sizes.head <= 1024 else 4
+
+    def _attention_defines(self, form: Attention, norms: bool) -> dict[str, int]:
+        s = self.fused.decoder.sizes
+        return {
+            "D": s.head, "G": form.heads, "HEADS": s.group, "WARPS": self._warps(form),
+            "SPLITS": form.splits, "UNROLL": form.unroll, "STAGED": form.staged,
+            "BLOCKS": form.blocks, "HEADNORM": int(norms),
+        }  # fmt: skip
+
+    def _attend(self, index: int, layer: Layer) -> None:
+        s, cache, form = self.fused.decoder.sizes, self.cache, self.chosen.attention
+        kernel = self.attention_kernel(form, layer.q_norm is not None)
+        grid = (form.splits, s.kv_heads * s.group // form.heads, len(self.token))
+        kernel(
+            grid, 32 * self._warps(form), self.qkv, cache.keys[index], cache.values[index],
+            self.rope, cache.filled, cache.start, cache.turned, layer.q_norm, layer.k_norm,
+            ctypes.c_float(s.eps), self.seen, ctypes.c_int(cache.length),
+            ctypes.c_float(math.log2(math.e) / math.sqrt(s.head)),
+        )  # fmt: skip
+
+    def replay(self, steps: int) -> None:
+        """Go on by some tokens; the first call captures."""
+        if self.graph is None:
+            state = (self.token, self.count, self.cache.filled, self.cache.turned)
+            before = [tensor.clone() for tensor in state]
+            self.launch()  # every kernel is loaded before the capture
+            torch.cuda.synchronize()
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.launch()
+        for _ in range(steps):
+            self.graph.replay()
+
+
+def first_guess(fused: Fused, rows: int) -> Chosen:
+    """Forms that run, from which a better choice is looked for."""
+    card = Card.current()
+    products: dict[int, Form] = {}
+    for alike in fused.kinds(rows).values():
+        forms = alike[0].forms(rows, card)
+        wished = (form for form in forms if (form.warps, form.tiles, form.blocks) == (16, 1, 2))
+        products |= {id(product): next(wished, forms[-1]) for product in alike[:1]}
+        products |= {id(product): products[id(alike[0])] for product in alike}
+    return Chosen(products, attentions(fused, rows)[0])
