@@ -44,6 +44,7 @@ from qatbench.engine.products import (  # noqa: E402
     Form,
     NextNorm,
     Product,
+    shared_by,
 )
 from qatbench.engine.runner import Runner  # noqa: E402
 from qatbench.quant.grid import Grid, quantize, round_scales  # noqa: E402
@@ -161,7 +162,7 @@ def linears(fast: FastRunner, rows: int) -> list[dict[str, Any]]:
     assert fast.fused
     found = []
     for kind, products in fast.fused.kinds(rows).items():
-        form, size = fast.chosen[rows].products[id(products[0])], products[0].bytes()
+        form, size = fast.chosen[shared_by(rows)].products[id(products[0])], products[0].bytes()
         taken = by_itself(products, form, rows)
         forms = products[0].forms(rows, Card.current())
         one = {"kind": kind, "us": taken * 1e6, "gb_per_second": size / taken / 1e9,

@@ -13,6 +13,7 @@ from qatbench.engine import forms
 from qatbench.engine.decoder import Cache, Decoder, torch_step
 from qatbench.engine.fused import Fused
 from qatbench.engine.plain import held_bytes
+from qatbench.engine.products import shared_by
 from qatbench.engine.runner import Started
 from qatbench.engine.step import Chosen, Step
 from qatbench.errors import UsageError
@@ -51,7 +52,7 @@ class FastRunner:
         self.decoder = Decoder(loaded)
         self.progress = progress
         self.fused: Fused | None = None
-        self.chosen: dict[int, Chosen] = {}  # by rows
+        self.chosen: dict[str, Chosen] = {}  # by rows that share forms
         self.last: Tensor | None = None  # logits of the last step in torch
         bf16 = arithmetic(loaded.model) == torch.bfloat16
         if kernels and loaded.device.type == "cuda" and bf16:
@@ -91,10 +92,11 @@ class FastRunner:
             state.rope = self.decoder.rope(state.cache.length + 1)
             return
         rows = len(state.token)
-        chosen = self.chosen.get(rows)
+        alike = shared_by(rows)
+        chosen = self.chosen.get(alike)
         state.step = Step(self.fused, state.cache, state.token, state.room, chosen)
         if not chosen:
-            self.chosen[rows] = forms.choose(state.step, functools.partial(self._measuring, rows))
+            self.chosen[alike] = forms.choose(state.step, functools.partial(self._measuring, rows))
 
     def _measuring(self, rows: int, done: int, total: int) -> None:
         if self.progress:

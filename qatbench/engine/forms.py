@@ -1,8 +1,9 @@
 """The fastest forms of a step's kernels on the device at hand: measured where they run.
 
 How fast a kernel is depends on its neighbours: it starts while the one before it ends, in what room
-that one leaves. So forms are compared in a step of the model itself, one kind of kernel after the
-other, twice; what is found is kept in the cache folder by device name.
+that one leaves, and reads at its cost. So forms are compared in a step of the model itself, one
+kind of kernel after the other: all, then the best with more or less of a lead for the next kernel,
+then the best of these. What is found is kept in the cache folder by device name.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from qatbench import store
 from qatbench.engine import cuda
-from qatbench.engine.products import LIBRARY, Card, Form, Product, compile_all
+from qatbench.engine.products import LIBRARY, Card, Form, Product, compile_all, shared_by
 from qatbench.engine.step import Attention, Chosen, Step, attentions
 
 LAYERS = 12  # of a step that is timed
 STEPS, REPEATS = 8, 3
-AGAIN = 6  # of each kind, that are compared a second time
+AGAIN = 4  # of each kind, that are compared again
 FEW = 16  # bytes a thread that may lie outside registers
 _SOURCES = ("linear.cu", "attention.cu")
 
@@ -56,9 +57,9 @@ def _file() -> Any:
 
 
 def _key(step: Step) -> str:
-    s = step.fused.decoder.sizes
-    heads = f"{len(step.token) * s.kv_heads} x {s.group} heads of {s.head}"
-    return "; ".join([*step.fused.kinds(len(step.token)), heads])
+    s, rows = step.fused.decoder.sizes, len(step.token)
+    heads = f"{s.kv_heads} x {s.group} heads of {s.head}, columns {shared_by(rows)}"
+    return "; ".join([*step.fused.kinds(rows), heads])
 
 
 def _told(step: Step) -> dict[str, Any]:
@@ -76,18 +77,37 @@ def _measure(step: Step, progress: Callable[[int, int], None]) -> None:
     ]
     attentions = functools.partial(_take_attention, step), _attentions_without_spills(step, rows)
     choices.insert(1, attentions)
-    total, done = sum(len(forms) + min(AGAIN, len(forms)) for _, forms in choices), 0
-    for _ in range(2):
+    turns = (_as_they_are, _with_leads, _as_they_are)
+    total, done = sum(len(forms) for _, forms in choices) * len(turns), 0  # less after the first
+    for turn in turns:
         for i, (take, forms) in enumerate(choices):
             times = {}
-            for form in forms:
+            for form in turn(forms):
                 progress(done, total)
                 done += 1
                 take(form)
                 times[form] = _seconds(step, layers)
-            forms = sorted(forms, key=lambda form: times[form])
-            take(forms[0])
-            choices[i] = take, forms[:AGAIN]
+            best = sorted(times, key=lambda form: times[form])
+            take(best[0])
+            choices[i] = take, best[:AGAIN]
+    progress(total, total)
+
+
+def _as_they_are(forms: list[Any]) -> list[Any]:
+    return forms
+
+
+def _with_leads(forms: list[Any]) -> list[Any]:
+    """The same, and with the next kernel starting later."""
+    found: list[Any] = []
+    for form in forms:
+        found.append(form)
+        if isinstance(form, Attention):
+            found.append(replace(form, late=True))
+        elif form != LIBRARY:
+            leads = {1, form.depth // 2, form.depth, 2 * form.depth}
+            found += [replace(form, lead=lead) for lead in sorted(leads - {0})]
+    return found
 
 
 def _take_form(step: Step, alike: list[Product], form: Form) -> None:

@@ -1,9 +1,8 @@
-"""Products of a decoding step on CUDA, each in the form that was measured to be fastest.
+"""Products of a decoding step on CUDA, each in several forms.
 
-`kernels/linear.cu` can be built with more or fewer warps, tiles and reads in flight; torch's dense
-product (for INT4 after dequantizing) is one more form. Which is best depends on the shape, the
-number of columns and the card, so it is measured on the model's own weights at first use and kept
-in the cache folder by device name.
+`kernels/linear.cu` can be built with more or fewer warps, tiles and reads on their way; torch's
+dense product (for INT4 after dequantizing) is one more form. Which is the fastest depends on the
+shape, the number of columns, the card and the kernels around it: `forms` measures.
 """
 
 from __future__ import annotations
@@ -71,6 +70,7 @@ class Form:
     depth: int  # spans on their way a warp
     blocks: int  # that fit into a multiprocessor
     span: int  # inputs that a warp takes at once
+    lead: int = 0  # spans that a warp has left when the next kernel may start; 0: it may at once
 
 
 LIBRARY = Form(0, 0, 0, 0, 0)
@@ -132,7 +132,7 @@ class Product:
         grid = f"{self.rows}x{self.width}"
         if isinstance(w, Packed):
             grid = f"int4 g{w.group}{'' if w.zeros is None else ' zeros'} {grid}"
-        return f"{grid} epilogue {self.epilogue} columns {_shared_by(columns)}"
+        return f"{grid} epilogue {self.epilogue} columns {shared_by(columns)}"
 
     def forms(self, columns: int, card: Card) -> list[Form]:
         """All that can run."""
@@ -192,7 +192,8 @@ class Product:
     def _round(self, form: Form, columns: int, card: Card) -> int:
         """Units that a block has sums for at once: all of its own, or equal parts of them."""
         units = -(-self.rows // (TILE * form.tiles * self._blocks(form, card)))
-        most = max(1, _SUMS // _sums(form.tiles, columns) - form.warps)
+        most = _SUMS // _sums(form.tiles, columns) - form.warps
+        most = max(1, min(most, 32 * form.warps))  # a thread looks up who shares a unit
         return -(-units // -(-units // most))
 
     def build(self, form: Form, columns: int) -> cuda.Kernel:
@@ -240,6 +241,7 @@ class Product:
         function(
             (self._blocks(form, card),), form.warps * 32, self._c_weights(), x, output,
             ctypes.c_int(columns), ctypes.c_int(self._round(form, columns, card)),
+            ctypes.c_int(form.lead),
         )  # fmt: skip
 
     def _by_library(self, x: Tensor, output: _Output) -> None:
@@ -279,8 +281,8 @@ def _column_tiles(columns: int) -> int:
     )
 
 
-def _shared_by(columns: int) -> str:
-    """Columns that share forms."""
+def shared_by(columns: int) -> str:
+    """Columns that share forms: what a step of so many rows is measured as."""
     if columns == 1 or columns > MOST_COLUMNS:
         return "1" if columns == 1 else "many"
     return str(8 * _column_tiles(columns))

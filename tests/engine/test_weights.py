@@ -291,7 +291,7 @@ return __funnelshift_r(word, word, bits); ... lop3.b32 %0, %1, 0x003C003C, 0x420
 ... m16n8k16.row.col.f32.f16.f16.f32 ... mma( ... m16n8k16.row.col.f32.bf16.bf16.f32
 """,
     "linear.cu": """
-at = (size_t)unit * MT * (W.K / SPAN) + span, scale = at * GROUPS_A_SPAN * 8 + lane / 4; return
+at = (size_t)unit * MT * (W.K / SPAN) + span; ... scale = at * GROUPS_A_SPAN * 8 + lane / 4; return
 Source{W.words + at * LOADS * 32 + lane, W.scales + scale, W.zeros + scale, span}; ...
 copy_async(&slot.w[m][i][lane], s.words + (size_t)(m * spans * LOADS + i) * 32); ... const int at =
 (m * spans * GROUPS_A_SPAN + i) * 8; ... = in.x[n][i * 4]; ... four = slot.w[m][i / 2][lane]; ... {i
@@ -305,9 +305,10 @@ lower, b0, b1); ... half_low(pair) * x.y, half_high(pair) * x.y ... {(low(zero) 
 (high(zero) - 16.f) * x.x}; ... {264.f * x.x, 24.f * x.x}; ... to.of[m][lane / 4] = acc[m][n][0],
 to.of[m][lane / 4 + 8] = acc[m][n][1]; ... (const float*)&sums[unit + w].of[m][n / 8][g * 4 + n % 8
 / 2] + n % 2; ... for (int l = GROUP / 16; l; l /= 2) ... exponent = max(__float_as_uint(most) >>
-23, 15u); ... times = __uint_as_float(268 - exponent << 23); ... make_float2(sum * times,
-__uint_as_float(exponent - 14 << 23)); ... x + (size_t)min(n * 8 + lane / 4, columns - 1) * (W.K /
-8) + x_lane; ... now.x[n] += span * (SPAN / 8); ... now.groups += span * GROUPS_A_SPAN;
+23, 15u); ... times = __uint_as_float(268 - exponent << 23); ... divided_by =
+__uint_as_float(exponent - 14 << 23); ... make_float2(sum * times, divided_by); ... x +
+(size_t)min(n * 8 + lane / 4, columns - 1) * (W.K / 8) + x_lane; ... now.x[n] += span * (SPAN / 8);
+... now.groups += span * GROUPS_A_SPAN;
 """,
 }
 

@@ -1,13 +1,15 @@
-// One new token of every row looks at what its cache holds: rotary embedding and cache write included.
+// One new token of every row looks at what its cache holds: rotary embedding and cache write
+// included.
 //
 // A block takes a share of the keys of one key-value head and one row for G query heads that use it,
-// of HEADS that do; the SPLITS blocks of a head are a cluster and add up their shares through shared memory. Only
-// the filled part of the cache is read. A lane's first STAGED keys and values are on their way into
-// shared memory before the kernel before this one has ended: they are older than it.
+// of HEADS that do; the SPLITS blocks of a head are a cluster and add up their shares through shared
+// memory. Only the filled part of the cache is read. A lane's first STAGED keys and values are on
+// their way into shared memory before the kernel before this one has ended: they are older than it.
 //
-// Defined at compilation: D (head size, a multiple of 64), G, HEADS (a multiple of G), WARPS, UNROLL (keys a lane takes at
-// once), STAGED (a multiple of UNROLL), SPLITS (1 before compute capability 9.0), BLOCKS (that share
-// a multiprocessor at least), HEADNORM 0 | 1 (queries and keys are RMS-normalised by head: Qwen3).
+// Defined at compilation: D (head size, a multiple of 64), G, HEADS (a multiple of G), WARPS, UNROLL
+// (keys a lane takes at once), STAGED (a multiple of UNROLL), SPLITS (1 before compute capability
+// 9.0), BLOCKS (that share a multiprocessor at least), HEADNORM 0 | 1 (queries and keys are
+// RMS-normalised by head: Qwen3).
 #include "common.cuh"
 
 #define LANES (D / 8)         // that hold one key, eight numbers each
@@ -120,7 +122,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const int* turned,       // [rows]: rotary position of the new token
         const u16* q_norm, const u16* k_norm, float eps,
         u16* out,                // [rows][H * D]
-        int length, float scale) {
+        int length, float scale,
+        int late) {              // the next kernel may start only when keys and values have come
     const int split = blockIdx.x, row = blockIdx.z, heads = gridDim.y / (HEADS / G);
     const int head = blockIdx.y / (HEADS / G), query = blockIdx.y * G;  // the first of G
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -143,17 +146,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     unpack(norm, ((const uint4*)q_norm)[part]);
 #endif
     extern __shared__ uint4 staged[];  // [key or value][STAGED][THREADS]: a lane reads its own
-    uint4 *const early = staged + threadIdx.x, *const late = early + STAGED * THREADS;
+    uint4* const first_keys = staged + threadIdx.x;
+    uint4* const first_values = first_keys + STAGED * THREADS;
     int at = from + warp * AT_ONCE + sub;
 #pragma unroll
     for (int u = 0; u < STAGED; ++u)
         if (at + u * STEP < to) {
-            copy_async(early + u * THREADS, k + (size_t)(at + u * STEP) * LANES);
-            copy_async(late + u * THREADS, v + (size_t)(at + u * STEP) * LANES);
+            copy_async(first_keys + u * THREADS, k + (size_t)(at + u * STEP) * LANES);
+            copy_async(first_values + u * THREADS, v + (size_t)(at + u * STEP) * LANES);
         }
     end_of_copies();
     wait_for_prior();
-    start_dependents();
+    if (!late) start_dependents();
 
     const uint4* fresh = (const uint4*)(qkv + (size_t)row * (HEADS + 2) * heads * D);
     Sums s = {};
@@ -221,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u)
             if (at + u * STEP < to) {
-                a[u] = early[(i + u) * THREADS], b[u] = late[(i + u) * THREADS];
+                a[u] = first_keys[(i + u) * THREADS], b[u] = first_values[(i + u) * THREADS];
             } else {
                 a[u] = b[u] = make_uint4(0, 0, 0, 0);
             }
@@ -232,6 +236,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         attend();
         load();
     }
+    if (late) start_dependents();
 #pragma unroll
     for (int g = 0; g < G; ++g) {  // the keys that a warp holds side by side
         float most = s.top[g];

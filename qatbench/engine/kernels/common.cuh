@@ -37,8 +37,8 @@ __device__ __forceinline__ u32 times(u32 a, u32 b) {
     return bf16_pair(low(a) * low(b), high(a) * high(b));
 }
 
-// Eight 4-bit fields lie in a word turned left by 2. Turned right by 4 i, fields i and i + 4 are bits
-// 2..5 of both halves; fields i + 1 and i + 5 are bits 6..9.
+// Eight 4-bit fields lie in a word turned left by 2. Turned right by 4 i, fields i and i + 4 are
+// bits 2..5 of both halves; fields i + 1 and i + 5 are bits 6..9.
 __device__ __forceinline__ u32 turned(u32 word, int bits) {
     return __funnelshift_r(word, word, bits);
 }
@@ -86,7 +86,8 @@ __device__ __forceinline__ void mma(
 // Into shared memory, without waiting for it: 16 bytes past the first cache, or 4.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
     const u32 at = (u32)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
 }
 __device__ __forceinline__ void copy_word(void* to, const void* from) {
     const u32 at = (u32)__cvta_generic_to_shared(to);
@@ -174,7 +175,8 @@ __device__ __forceinline__ void finish(
 #if EPILOGUE == LOGITS
     if (on) ((float*)o.out)[to] = upper, ((float*)o.out)[to + 8] = lower;
 #elif EPILOGUE == RESIDUAL
-    const u16 first = to_bf16(from_bf16(b.x[0]) + upper), second = to_bf16(from_bf16(b.x[1]) + lower);
+    const u16 first = to_bf16(from_bf16(b.x[0]) + upper);
+    const u16 second = to_bf16(from_bf16(b.x[1]) + lower);
     const float u = from_bf16(first), v = from_bf16(second);
     float square = on ? u * u + v * v : 0.f;
 #pragma unroll

@@ -1,4 +1,5 @@
-// y = W x for a few columns x, at the speed of memory: W is read once, in order, by every SM.
+// y = W x for a few columns x, at the speed of memory: W is read once, in order, by every
+// multiprocessor.
 //
 // W has `rows` outputs and K inputs, 4-bit or bf16. 16 rows are a tile, MT tiles a unit. A block has
 // some units; their SPANs of inputs, in order, are shared out evenly among its warps, whatever the
@@ -7,25 +8,25 @@
 // leaves its sums in shared memory. Warps meet once a round of units, where sums are added up.
 //
 // Weights come through shared memory: each warp has DEPTH spans on their way, into slots of its own
-// that no other warp waits for. A block takes at most 1 / BLOCKS of a multiprocessor. With 2, the next
-// kernel's blocks fit in beside this one's: they fill their slots while this kernel ends, and what
-// lies between two kernels costs memory no time.
+// that no other warp waits for. A block takes at most 1 / BLOCKS of a multiprocessor. With 2, the
+// next kernel's blocks fit in beside this one's: they fill their slots while this kernel ends, and
+// what lies between two kernels costs memory no time.
 //
 // Which input stands where inside a product does not matter as long as W and x agree: lane (g, t)
-// takes inputs 8t..8t+7 of every 32, so that it reads 16 bytes at a time, and only what it asked for.
+// takes inputs 8t..8t+7 of every 32, so that it reads 16 bytes at a time, and only its own.
 //
-// 4-bit fields become numbers by setting bits. For one column fp16 has room for two fields in each half
-// of a word, as 256 + field and 16 + field: x is fp16 then too, each group of it times a power of two
-// that brings its largest near 2^15, which changes no number that counts; what the constants and the
-// zero point add is taken away by the group's sum of x. For more columns fields are bf16, 32 + field:
-// for up to eight a second product takes 32 + zero away, which costs the tensor cores less than
-// subtractions cost everything else. Scales are applied to the sums of a group, in fp32.
+// 4-bit fields become numbers by setting bits. For one column fp16 has room for two fields in each
+// half of a word, as 256 + field and 16 + field. x is fp16 then too, each group of it times a power
+// of two that brings its largest near 2^15, which changes no number that counts; what the constants
+// and the zero point add is taken away by the group's sum of x. For more columns fields are bf16,
+// 32 + field: for up to eight a second product takes 32 + zero away, which costs the tensor cores
+// less than subtractions cost everything else. Scales are applied to the sums of a group, in fp32.
 //
 // The RMS norm of a product's input is split: whoever makes x also writes x times the norm's weight,
 // which is what comes in here, and adds up the squares of x; 1 / rms is applied to y.
 //
-// Defined at compilation: BITS 4 | 16; GROUP inputs a scale, 32, 64 or 128 (BITS 4); SPAN; ZEROS 0 | 1; NT, MT,
-// WARPS, DEPTH, BLOCKS; SINGLE (one column); EPILOGUE.
+// Defined at compilation: BITS 4 | 16; GROUP inputs a scale, 32, 64 or 128 (BITS 4); SPAN; ZEROS
+// 0 | 1; NT, MT, WARPS, DEPTH, BLOCKS; SINGLE (one column); EPILOGUE.
 #include "common.cuh"
 
 #if BITS == 4
@@ -38,7 +39,7 @@
 #define GROUPS_A_SPAN 0  // no scales
 #endif
 #define THREADS (WARPS * 32)
-#define SUMS (SINGLE ? 2 : 4)  // of a tile and eight columns that a lane has; alike in all of SINGLE
+#define SUMS (SINGLE ? 2 : 4)  // of a tile and eight columns that a lane has
 
 // One span of a unit on its way. A lane reads what it asked for itself: four lanes ask for the same
 // scales, which is faster than to share them.
@@ -72,7 +73,8 @@ struct Source {
 
 __device__ __forceinline__ Source source(const Weights& W, int unit, int span, int lane) {
 #if BITS == 4
-    const size_t at = (size_t)unit * MT * (W.K / SPAN) + span, scale = at * GROUPS_A_SPAN * 8 + lane / 4;
+    const size_t at = (size_t)unit * MT * (W.K / SPAN) + span;
+    const size_t scale = at * GROUPS_A_SPAN * 8 + lane / 4;
     return Source{W.words + at * LOADS * 32 + lane, W.scales + scale, W.zeros + scale, span};
 #else
     const int step = W.K / 8, half = EPILOGUE == SWIGLU ? W.rows / 2 : 8;
@@ -250,7 +252,8 @@ __device__ __forceinline__ void leave(Sums& to, float (&acc)[MT][NT][SUMS], int 
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
 #if SINGLE
-            if (lane % 4 == 0) to.of[m][lane / 4] = acc[m][n][0], to.of[m][lane / 4 + 8] = acc[m][n][1];
+            if (lane % 4 == 0)  // all eight columns are the one
+                to.of[m][lane / 4] = acc[m][n][0], to.of[m][lane / 4 + 8] = acc[m][n][1];
 #else
             if (n * 8 + (lane & 3) * 2 < columns)
                 to.of[m][n][lane] =
@@ -324,8 +327,9 @@ __device__ __forceinline__ void stage(uint4* to, float2* groups, const uint4* x,
             for (int e = 0; e < 8; ++e) f[e] *= times;
             v[j] = make_uint4(half_pair(f[0], f[1]), half_pair(f[2], f[3]), half_pair(f[4], f[5]),
                               half_pair(f[6], f[7]));
+            const float divided_by = __uint_as_float(exponent - 14 << 23);
             if (i < K / 8 && i % (GROUP / 8) == 0)
-                groups[i * 8 / GROUP] = make_float2(sum * times, __uint_as_float(exponent - 14 << 23));
+                groups[i * 8 / GROUP] = make_float2(sum * times, divided_by);
 #endif
             if (i < K / 8) to[i] = v[j];
         }
@@ -333,10 +337,12 @@ __device__ __forceinline__ void stage(uint4* to, float2* groups, const uint4* x,
 }
 #endif
 
-// `round`: units that a block has sums for at once. Dynamic shared memory: WARPS * DEPTH slots, sums
-// of round + WARPS pairs, sharers of round units; if SINGLE x, and its sums over groups.
+// `round`: units that a block has sums for at once. `lead`: spans that a warp has left when the next
+// kernel may start and ask for weights of its own; 0: it may at once. Dynamic shared memory: WARPS *
+// DEPTH slots, sums of round + WARPS pairs, sharers of round units; if SINGLE x, and its sums over
+// groups.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
-    Weights W, const uint4* x, Output output, int columns, int round) {
+    Weights W, const uint4* x, Output output, int columns, int round, int lead) {
     extern __shared__ __align__(128) unsigned char memory[];
     __shared__ float factors[NT * 8];
     Slot* ring = (Slot*)memory;
@@ -376,7 +382,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
         const Before early = before(output, begin * MT + one.tile, one.g, one.n, W.rows);
         if (begin == first) {
             wait_for_prior();
-            start_dependents();
+            if (lead == 0) start_dependents();
             const bool normed = output.squares && threadIdx.x < columns;
             const float square = normed ? (float)output.squares[threadIdx.x] : 0.f;
 #if SINGLE
@@ -395,8 +401,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
         for (int n = 0; n < NT; ++n) now.x[n] += span * (SPAN / 8);
         if (BITS == 4 && SINGLE) now.groups += span * GROUPS_A_SPAN;
         slot = slots;
+        const int start_at = begin + round < end ? 0 : min(lead, left);
 #pragma unroll 1
         while (left) {
+            if (left == start_at) start_dependents();
             wait_for_copies<DEPTH - 1>();
             multiply(acc, *slot, now, lane);
             if (left > DEPTH) fetch(*slot, next, W.K, lane);
@@ -419,8 +427,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
             const float2 y =
                 total(sums, shared_by[unit], unit, e.tile % MT, e.g, e.n, units * spans);
             const float f = factors[e.n];
-            finish(output, base < THREADS ? early : before(output, tile, e.g, e.n, W.rows), tile, e.g, e.n,
-                   y.x * f, y.y * f, W.rows, base + lane < items);
+            const Before b = base < THREADS ? early : before(output, tile, e.g, e.n, W.rows);
+            finish(
+                output, b, tile, e.g, e.n, y.x * f, y.y * f, W.rows, base + lane < items);
         }
         if (begin + round < end) __syncthreads();  // sums were read
     }

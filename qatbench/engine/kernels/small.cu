@@ -54,8 +54,8 @@ extern "C" __global__ void __launch_bounds__(256) after(const u16* y, Output out
 // The likeliest token of each row, the lowest of equal ones; then the row is one token on.
 // grid (blocks, rows), 256 threads; best and counter are zero before and after.
 extern "C" __global__ void __launch_bounds__(256) choose(
-    const float* logits, int tokens, int stride, u64* best, int* counter, long long* token, long long* told,
-    int* count, int* filled, int* turned, int room) {
+    const float* logits, int tokens, int stride, u64* best, int* counter, long long* token,
+    long long* told, int* count, int* filled, int* turned, int room) {
     __shared__ u64 found[8];
     const int row = blockIdx.y;
     wait_for_prior();
@@ -99,7 +99,8 @@ __device__ __forceinline__ uint4 stream(const uint4* from) {
 // Packed words -> bf16 [rows][K]; with `paired` tiles hold 8 rows of each half. grid (tiles),
 // 256 threads. GROUP and ZEROS are defined at compilation.
 extern "C" __global__ void __launch_bounds__(256) dequantize(
-    const uint4* words, const u32* scales, const u32* zeros, u16* out, int rows, int K, int paired) {
+    const uint4* words, const u32* scales, const u32* zeros, u16* out, int rows, int K,
+    int paired) {
     const int tile = blockIdx.x, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int upper = paired ? tile * 8 + g : tile * 16 + g;
     const int lower = paired ? rows / 2 + upper : upper + 8;
