@@ -48,9 +48,12 @@ def mini(comparison: Comparison) -> str:
     return "\n".join([*head, *rows])
 
 
-def engine(figures: Mapping[str, Any]) -> str:
-    """INT4 against 16 bits in the engine and in plain transformers; what that says of claims."""
-    [model] = figures["models"]
+def engine(figures: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """INT4 against 16 bits in the engine and in plain transformers; what that says of claims.
+
+    `figures` are LLaVA-1.5-7B's, `other` Qwen2-VL-2B's.
+    """
+    [model], [small] = figures["models"], other["models"]
     plain, dense, packed = "transformers bf16", "engine bf16", "engine int4"
     title = f"LLaVA-1.5-7B's shape, one {figures['device']}"
     rows = [[title, plain, dense, packed, "INT4 over bf16"], ["---", *["---:"] * 4]]
@@ -65,6 +68,10 @@ def engine(figures: Mapping[str, Any]) -> str:
     weights = [model["weights_gb"][way] for way in (plain, dense, packed)]
     saved = 1 - weights[2] / weights[1]
     rows.append(["weights, GB", *(f"{gb:.2f}" for gb in weights), f"-{100 * saved:.0f} %"])
+    for batch, found in small["decode"].items():
+        told = [f"{found[way]['tokens_per_second']:.0f}" for way in (plain, dense, packed)]
+        title = f"Qwen2-VL-2B's shape: decoding, batch {batch}, tokens/s"
+        rows.append([title, *told, f"{found['int4_over_bf16']:.2f} x"])
     tests = {one.id: one.test for one in published()}
     alone = model["decode"]["1"]
     ends = [alone[dense][a] / alone[packed][b] for a, b in (("min", "max"), ("max", "min"))]
@@ -81,7 +88,7 @@ def engine(figures: Mapping[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[Comparison], str]] = {"smol-scienceqa": smol, "mini": mini}
-ENGINE = "engine/llava.json"
+ENGINE = ("engine/llava.json", "engine/qwen.json")
 FIGURES = {"accuracy": ("smol-scienceqa", 0), "pareto": ("mini", 1)}  # folder, which of a task's
 
 
@@ -100,8 +107,8 @@ def made(results: Path, readme: str) -> dict[str, str]:
     comparisons = {name: read(results / name) for name in TABLES}
     for name, table in TABLES.items():
         readme = replaced(readme, name, table(comparisons[name]))
-    measured = json.loads((results / ENGINE).read_text(encoding="utf-8"))
-    readme = replaced(readme, "engine", engine(measured))
+    measured = [json.loads((results / file).read_text(encoding="utf-8")) for file in ENGINE]
+    readme = replaced(readme, "engine", engine(*measured))
     texts = {"README.md": readme}
     for figure, (name, place) in FIGURES.items():
         comparison = comparisons[name]

@@ -9,6 +9,7 @@ import re
 import statistics
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -122,16 +123,12 @@ def beginning(rows: list[dict[str, float]]) -> float:
     return statistics.linear_regression(kilobytes, micros).intercept
 
 
-def test_the_engine_is_told_as_it_was_measured() -> None:
-    file = ROOT / "results" / "engine" / "llava.json"
-    if not file.is_file():
-        pytest.skip("results/engine is not in this copy")
-    record = json.loads(file.read_text())
-    (model,) = record["models"]
+def engine_table(model: Any) -> set[str]:
+    """The rows of a model's table in docs/engine.md."""
     one, eight, prefill, gb = *model["decode"].values(), model["prefill"], model["weights_gb"]
     assert list(model["decode"]) == ["1", "8"]
     engines = ("transformers bf16", "engine bf16", "engine int4")
-    told = {f"one {record['device']}", f"{record['copy_gb_per_second']:.0f} GB/s"}
+    told = set()
     rows = [("decoding, 1 row, ms a token", one, 2), ("decoding, 8 rows, ms a step", eight, 2),
             ("prefill, 8 rows, ms", prefill, 1)]  # fmt: skip
     for name, found, digits in rows:
@@ -141,6 +138,29 @@ def test_the_engine_is_told_as_it_was_measured() -> None:
         told.add(f"| {name} | {cells} | {ratio:.2f} x |")
     less = f"{100 * (gb['engine int4'] / gb['engine bf16'] - 1):.0f} %"
     told.add(f"| weights, GB | {' | '.join(f'{gb[e]:.2f}' for e in engines)} | {less} |")
+    return told
+
+
+@pytest.fixture
+def measured_engines() -> tuple[Any, Any]:
+    """The records of LLaVA-1.5-7B and Qwen2-VL-2B."""
+    files = [ROOT / "results" / "engine" / f"{name}.json" for name in ("llava", "qwen")]
+    if not all(file.is_file() for file in files):
+        pytest.skip("results/engine is not in this copy")
+    llava, qwen = (json.loads(file.read_text()) for file in files)
+    return llava, qwen
+
+
+def test_the_engine_is_told_as_it_was_measured(measured_engines: tuple[Any, Any]) -> None:
+    record, other = measured_engines
+    (model,), (small,) = record["models"], other["models"]
+    one, eight, prefill = *model["decode"].values(), model["prefill"]
+    told = {f"one {record['device']}", f"{record['copy_gb_per_second']:.0f} GB/s"}
+    told |= engine_table(model) | engine_table(small)
+    products = small["linears"]["1"][1]
+    head, least = products[-1]["us"], min(row["us"] for row in products)
+    assert other["device"] == record["device"]
+    told |= {f"takes {head:.0f} us of either", f"the smallest product takes {least:.1f} us"}
     told.add(f"decodes {one['int4_over_transformers']:.0f} x as fast at one row")
     told.add(f"quote for INT4 is {one['int4_over_bf16']:.2f}.")
     told.add(f"costs {100 * (1 - prefill['int4_over_bf16']):.0f} % of it")
@@ -292,12 +312,16 @@ def test_no_committed_share_won_back_is_without_bounds() -> None:
         assert -5 < row["low"] <= row["share"] <= row["high"] < 5, row
 
 
-def test_claims_about_speed_follow_from_the_committed_measurement() -> None:
-    table = module("readme_results").engine
-    figures = json.loads((ROOT / "results/engine/llava.json").read_text())
-    assert "**contradicted**; 54 % less memory, here by the weights **reproduced**" in table(
-        figures
-    )
+def test_claims_about_speed_follow_from_the_committed_measurement(
+    measured_engines: tuple[Any, Any],
+) -> None:
+    figures, other = measured_engines
+
+    def table(figures: Any) -> str:
+        return str(module("readme_results").engine(figures, other))
+
+    told = table(figures)
+    assert "**contradicted**; 54 % less memory, here by the weights **reproduced**" in told
     alone = figures["models"][0]["decode"]["1"]
     for way, factor in (("engine bf16", 1.0), ("engine int4", 1 / 3.2)):
         alone[way] = {key: factor for key in ("ms", "min", "max")} | {"tokens_per_second": 1}
