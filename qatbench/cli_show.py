@@ -44,10 +44,12 @@ def dry_run_result(ui: Ui, found: dict[str, Any]) -> None:
 
 
 def evaluation_result(ui: Ui, model: str, out: Path) -> None:
-    """Show the metrics of a finished evaluation."""
+    """Show the metrics of a finished evaluation, and why its engine is not the one to expect."""
     metrics = store.read_json(out / "metrics.json")
     rows = [metric_row(item) for item in metrics["tasks"]]
     ui.result(metrics | {"out": str(out)}, [table(model, rows)])
+    if why := store.read_json(out / store.PROVENANCE)["figures"].get("engine_note"):
+        ui.note(f"note: answers {why}")
     ui.next_command(f"qatbench compare {out} OTHER_RUN --baseline {out} --out comparison")
     if Path(model, store.PROVENANCE).is_file():
         ui.next_command(f"qatbench card {model} {out}   # the scores, in its README.md")

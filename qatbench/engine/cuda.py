@@ -61,6 +61,26 @@ class Kernel:
         _done(driver.cuLaunchKernelEx(config, self.handle, ctypes.addressof(pointers), 0))
 
 
+def check(device: str) -> None:
+    """Refuse a device that the kernels cannot run on; nothing is compiled, and no memory is taken.
+
+    Raises: PrerequisiteError where the bindings or NVRTC are missing, and where the device is older
+        than the kernels or newer than NVRTC.
+    """
+    _binding("driver")
+    nvrtc = _binding("nvrtc")
+    version = _version(nvrtc)
+    known = [divmod(number, 10) for number in _done(nvrtc.nvrtcGetSupportedArchs())]
+    capability = torch.cuda.get_device_capability(device)
+    if capability not in known or capability < LEAST:
+        least, last = (".".join(map(str, one)) for one in (LEAST, max(known)))
+        raise PrerequisiteError(
+            f"the engine needs compute capability {least} to {last}, which NVRTC {version} knows; "
+            f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}",
+            hint="--engine transformers",
+        )
+
+
 def kernel(source: str, name: str, *, shared: int = 0, **defines: int) -> Kernel:
     """A function of a file under `kernels/`, for the current device, compiled if it has to be.
 

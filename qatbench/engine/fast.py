@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qatbench.engine import forms
+from qatbench.engine import cuda, forms
 from qatbench.engine.decoder import Cache, Decoder, torch_step
 from qatbench.engine.fused import Fused
 from qatbench.engine.plain import held_bytes
@@ -157,7 +157,8 @@ def load(
 
     On CUDA packed weights stay packed and bf16 is what runs; on a CPU the library's kernel does.
 
-    Raises: as `vlm.load.load`; UsageError for what the engine does not run.
+    Raises: as `vlm.load.load`; UsageError for what the engine does not run; before anything is
+        loaded PrerequisiteError where the kernels cannot be compiled for the device.
     """
     bits = (folder.quantization or {}).get("bits", 4)
     if bits != 4:
@@ -166,6 +167,8 @@ def load(
     if device.startswith("cuda") and dtype != torch.bfloat16:
         raise UsageError(f"the engine runs bfloat16 on CUDA, not {dtype}",
                          hint="--dtype bfloat16, or --engine transformers")  # fmt: skip
+    if device.startswith("cuda"):
+        cuda.check(device)
     if not folder.quantization or not device.startswith("cuda"):
         return FastRunner(models.load(folder, device=device, dtype=dtype), None, progress)
     rest, packed = affine_state(folder.path, folder.quantization, folder.arch, device)

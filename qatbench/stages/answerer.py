@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from qatbench.engine import fast, writing
-from qatbench.errors import UsageError
+from qatbench.errors import PrerequisiteError, UsageError
 from qatbench.stages.common import Progress
 from qatbench.vlm import load as models
 from qatbench.vlm.answer import Writer
@@ -62,18 +62,21 @@ def answerer(
     """Load a model for an evaluation.
 
     Option mode is one forward of the plain model. In generate mode this project's engine writes,
-    unless it cannot run the model here, which the record then says, or another one was asked for.
+    unless it cannot run the model here, which progress and the record then say, or another one was
+    asked for. What a machine lacks is found before the engine loads anything.
 
-    Raises: UsageError when an engine is asked for that cannot run the model; what loading raises.
+    Raises: UsageError when an engine is asked for that cannot run the model, PrerequisiteError when
+        it lacks a part of CUDA; what loading raises.
     """
     record: dict[str, Any] = {}
     if wanted.mode == "generate" and wanted.engine != "transformers" and wanted.kernel == "auto":
         try:
             return _by_engine(model, device, dtype, progress)
-        except UsageError as error:
+        except (PrerequisiteError, UsageError) as error:
             if wanted.engine == "qatbench":
                 raise
             record["engine_note"] = f"not by the engine qatbench: {error.message}"
+            progress(f"Answers {record['engine_note']}", 0, 0)
     kernel = pick_kernel(model, device, dtype) if wanted.kernel == "auto" else wanted.kernel
     loaded = models.load(model, device=device, dtype=dtype, kernel=kernel)
     record = {"kernel": models.kernel_name(loaded)} | record

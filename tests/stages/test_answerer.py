@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 import torch
 
-from qatbench import store
-from qatbench.engine import fast, writing
+from qatbench import cli, store
+from qatbench.engine import cuda, fast, writing
 from qatbench.engine.fast import FastRunner
 from qatbench.engine.plain import PlainRunner
-from qatbench.errors import UsageError
+from qatbench.errors import PrerequisiteError, QatbenchError, UsageError
+from qatbench.stages.answerer import answerer
 from qatbench.stages.common import silent
 from qatbench.stages.evaluate import EvalSettings, evaluate
 from qatbench.tasks import selector
@@ -59,19 +62,64 @@ def test_both_engines_write_the_same_and_say_who_wrote(
     assert any(raw for _, raw, _ in responses[0])
 
 
+@pytest.mark.parametrize("kind", [PrerequisiteError, UsageError])
 def test_an_engine_that_cannot_run_the_model_is_an_error_if_named_and_a_note_if_not(
-    models: dict[str, ModelFolder], data: dict[str, str], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    kind: type[QatbenchError], models: dict[str, ModelFolder], data: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path,
 ) -> None:  # fmt: skip
     def refuse(*args: Any) -> None:
-        raise UsageError("heads of an odd size")
+        raise kind("heads of an odd size")
 
     monkeypatch.setattr(fast, "FastRunner", refuse)
+    note = "not by the engine qatbench: heads of an odd size"
     figures = run(models["text"], asking(), data, tmp_path / "auto")
-    assert figures["engine"] == "transformers"
-    assert figures["engine_note"] == "not by the engine qatbench: heads of an odd size"
-    with pytest.raises(UsageError, match="odd size"):
-        run(models["text"], asking("qatbench"), data, tmp_path / "named")
+    assert (figures["engine"], figures["engine_note"]) == ("transformers", note)
+    command = [
+        *("eval", str(models["text"].path), "--task", "scienceqa:test:text", "--mode", "generate"),
+        *("--limit", "2", "--device", "cpu", "--data", data["scienceqa"]),
+    ]
+    told = []
+    for engine in ("auto", "qatbench"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*command, "--engine", engine, "--out", str(tmp_path / f"told-{engine}")])
+        told.append((ended.value.code, capsys.readouterr().err.splitlines()))
+    (code, lines), (failed, last) = told
+    assert code == 0
+    assert f"Answers {note}" in lines  # while it runs
+    assert f"note: answers {note}" in lines  # and when a bar has gone over it
+    assert (failed, last[-1]) == (kind.exit_code, "error: heads of an odd size")
+    assert not (tmp_path / "told-qatbench" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("lacks", ["bindings", "NVRTC"])
+def test_what_cuda_lacks_is_found_before_the_engine_loads_anything(
+    lacks: str, models: dict[str, ModelFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone() -> None:
+        raise RuntimeError("Failure finding libnvrtc.so")
+
+    def on_the_cpu(folder: ModelFolder, *, device: str, **how: Any) -> loading.Loaded:
+        loads.append(device)
+        return load(folder, device="cpu", **how)
+
+    loads: list[str] = []
+    load = loading.load
+    monkeypatch.setattr(loading, "load", on_the_cpu)
+    if lacks == "bindings":
+        cuda._binding.cache_clear()
+        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)  # importing it fails
+    else:
+        monkeypatch.setattr(cuda, "_binding", lambda name: SimpleNamespace(nvrtcVersion=gone))
+    with pytest.raises(PrerequisiteError, match=f"the engine's kernels need .*{lacks}"):
+        answerer(asking("qatbench"), models["text"], "cuda", torch.bfloat16, silent)
+    assert not loads
+    found = answerer(asking(), models["text"], "cuda", torch.bfloat16, silent)
+    assert loads == ["cuda"], "the plain model alone, once"
+    assert found.write is None
+    assert found.record["engine"] == "transformers"
+    assert found.record["engine_note"].startswith(
+        "not by the engine qatbench: the engine's kernels"
+    )
 
 
 def test_option_mode_and_kernels_are_the_plain_models(
