@@ -6,7 +6,8 @@ Ratios are of medians over fp32's; `fastest` of each round's best. Beside them:
   scores    of the same questions: options chosen that differ from those of a reference (16-bit
             weights, INT4 weights; both dense in fp32), each with its margin there, and the largest
             difference of a score. What bf16 changes at 16 bits is the noise of the dtype.
-  decoding  tokens a second at batch 1 by both engines.
+  decoding  tokens a second at batch 1 by both engines, each with the kernel it takes by itself:
+            transformers the library's, this project's what `auto` picks; the JSON names it.
 
 `library` is the kernel that plain transformers and gptqmodel pick; `dense` multiplies unpacked
 weights. Other work on the machine changes the figures: the JSON holds the load before and after.

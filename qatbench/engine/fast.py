@@ -22,6 +22,7 @@ from qatbench.vlm import load as models
 from qatbench.vlm.batch import Encoded, arithmetic
 from qatbench.vlm.generate import begin, tell
 from qatbench.vlm.hollow import load_around
+from qatbench.vlm.kernel import pick_kernel
 from qatbench.vlm.load import Loaded, ModelFolder
 from qatbench.vlm.packed import affine_state
 
@@ -61,7 +62,7 @@ class FastRunner:
             raise UsageError("packed weights are for CUDA in bfloat16", hint="--dtype bfloat16")
         # A graph is captured for its rows: fewer rows are worth another when half have ended.
         self.at_once, self.shrinks_at = (8, 0.5) if self.fused else (1, 1.0)
-        self.kernel = type(self.decoder.layers[0].mlp.down_proj).__name__
+        self.kernel = models.kernel_name(loaded)
         self.attention = "sdpa, filled part"
         if self.fused:
             names = self.fused.names()
@@ -153,23 +154,31 @@ class FastRunner:
 def load(
     folder: ModelFolder, *, device: str, dtype: torch.dtype, progress: Told | None = None
 ) -> FastRunner:
-    """Load a model into the engine: a 16-bit one, or a packed checkpoint of 4 bits.
+    """Load a model into the engine: on CUDA a 16-bit one or packed ones of 4 bits, else any.
 
-    On CUDA packed weights stay packed and bf16 is what runs; on a CPU the library's kernel does.
+    On CUDA packed weights stay packed and bf16 is what runs. Elsewhere the model's own linears run,
+    those of a packed checkpoint as `pick_kernel` says; `kernel` names their class.
 
     Raises: as `vlm.load.load`; UsageError for what the engine does not run; before anything is
         loaded PrerequisiteError where the kernels cannot be compiled for the device.
     """
+    if device.startswith("cuda"):
+        _check(folder, device, dtype)
+        if folder.quantization:
+            rest, packed = affine_state(folder.path, folder.quantization, folder.arch, device)
+            return FastRunner(load_around(folder, rest, packed, device, dtype), packed, progress)
+    kernel = pick_kernel(folder, device, dtype)
+    loaded = models.load(folder, device=device, dtype=dtype, kernel=kernel)
+    return FastRunner(loaded, None, progress)
+
+
+def _check(folder: ModelFolder, device: str, dtype: torch.dtype) -> None:
+    """Refuse what the kernels do not run, before anything is loaded."""
     bits = (folder.quantization or {}).get("bits", 4)
     if bits != 4:
-        raise UsageError(f"{folder.path}: the engine runs 16 and 4 bits, not {bits}",
+        raise UsageError(f"{folder.path}: the engine runs 16 and 4 bits on CUDA, not {bits}",
                          hint="--engine transformers")  # fmt: skip
-    if device.startswith("cuda") and dtype != torch.bfloat16:
+    if dtype != torch.bfloat16:
         raise UsageError(f"the engine runs bfloat16 on CUDA, not {dtype}",
                          hint="--dtype bfloat16, or --engine transformers")  # fmt: skip
-    if device.startswith("cuda"):
-        cuda.check(device)
-    if not folder.quantization or not device.startswith("cuda"):
-        return FastRunner(models.load(folder, device=device, dtype=dtype), None, progress)
-    rest, packed = affine_state(folder.path, folder.quantization, folder.arch, device)
-    return FastRunner(load_around(folder, rest, packed, device, dtype), packed, progress)
+    cuda.check(device)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from qatbench.engine import fast, writing
+from qatbench.engine import pick, writing
 from qatbench.errors import PrerequisiteError, UsageError
 from qatbench.stages.common import Progress
 from qatbench.vlm import load as models
@@ -86,12 +86,6 @@ def answerer(
 
 
 def _by_engine(model: ModelFolder, device: str, dtype: torch.dtype, progress: Progress) -> Answerer:
-    if device.startswith("cuda"):
-        runner = fast.load(model, device=device, dtype=dtype, progress=progress)
-    else:
-        loaded = models.load(
-            model, device=device, dtype=dtype, kernel=pick_kernel(model, device, dtype)
-        )
-        runner = fast.FastRunner(loaded)
+    runner = pick.load("qatbench", model, device=device, dtype=dtype, progress=progress)
     record = {"kernel": runner.kernel, "engine": runner.engine, "attention": runner.attention}
     return Answerer(runner.loaded, functools.partial(writing.texts, runner), record)

@@ -1,4 +1,4 @@
-"""Which kernel multiplies packed linears in an evaluation, where nobody said."""
+"""Which kernel multiplies packed linears where nobody said: in `eval`, and in the engine."""
 
 from __future__ import annotations
 

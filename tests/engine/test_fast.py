@@ -20,6 +20,7 @@ from qatbench.engine.plain import PlainRunner
 from qatbench.engine.runner import Runner
 from qatbench.errors import UsageError
 from qatbench.quant.packing import Affine
+from qatbench.vlm import kernel
 from qatbench.vlm import load as models
 from qatbench.vlm.batch import Encoded
 from qatbench.vlm.generate import generate
@@ -71,19 +72,24 @@ def test_logits_are_those_of_the_plain_model_on_a_row_alone(
         torch.testing.assert_close(logits, want, atol=ATOL, rtol=0)
 
 
+@pytest.mark.parametrize(("memory", "way"), [(10**12, "dense"), (0, "library")])
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize("family", ["text", "llava"])
-def test_packed_checkpoints_run_with_the_librarys_kernel(
-    family: str, method: str, pack: Packs, ask: Ask
-) -> None:
+def test_packed_checkpoints_on_a_cpu_run_with_the_kernel_that_is_picked(
+    family: str, method: str, memory: int, way: str, pack: Packs, ask: Ask,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(kernel, "_memory", lambda: memory)  # dense only where it fits
     folder = pack(family, method)
     runner = pick.load("qatbench", folder, device="cpu", dtype=torch.float32)
     assert isinstance(runner, FastRunner)
-    assert hasattr(runner.decoder.layers[0].mlp.down_proj, "qweight")
-    assert runner.kernel == type(runner.decoder.layers[0].mlp.down_proj).__name__ != "Linear"
+    linear = runner.decoder.layers[0].mlp.down_proj
+    assert hasattr(linear, "qweight") == (way == "library")
+    assert runner.kernel == type(linear).__name__
+    assert (runner.kernel == "Linear") == (way == "dense")
     assert (runner.engine, runner.attention) == ("qatbench", "sdpa, filled part")
     prompts = ask(runner.loaded, 3)
-    plain = pick.load("transformers", folder, device="cpu", dtype=torch.float32)
+    plain = PlainRunner(models.load(folder, device="cpu", dtype=torch.float32, kernel=way))
     assert torch.equal(told(runner, prompts, 5), told(plain, prompts, 5))
 
 
@@ -245,16 +251,18 @@ def test_widths_and_dtypes_are_refused_before_anything_is_loaded(
 
     monkeypatch.setattr(models, "load", touched)
     monkeypatch.setattr(fast, "affine_state", touched)
-    with pytest.raises(UsageError, match="16 and 4 bits, not 3") as error:
-        fast.load(unread(bits=3, quant_method="gptq"), device="cpu", dtype=torch.float32)
+    three = unread(bits=3, quant_method="gptq")
+    with pytest.raises(UsageError, match="16 and 4 bits on CUDA, not 3") as error:
+        fast.load(three, device="cuda", dtype=torch.bfloat16)
     assert error.value.hint == "--engine transformers"
     for folder in (unread(), unread(bits=4, quant_method="gptq")):
         for dtype in (torch.float16, torch.float32):
             with pytest.raises(UsageError, match=f"bfloat16 on CUDA, not {dtype}") as error:
                 fast.load(folder, device="cuda", dtype=dtype)
             assert error.value.hint == "--dtype bfloat16, or --engine transformers"
-    with pytest.raises(AssertionError, match="loaded"):
-        fast.load(unread(), device="cpu", dtype=torch.float16)
+    for folder in (unread(), three):
+        with pytest.raises(AssertionError, match="loaded"):
+            fast.load(folder, device="cpu", dtype=torch.float16)
 
 
 def test_packed_fields_are_for_the_kernels_alone(load: Load) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from tiny import Make
 
 from qatbench import cli, store
 from qatbench.engine import cuda, fast, writing
@@ -17,12 +18,15 @@ from qatbench.engine.fast import FastRunner
 from qatbench.engine.plain import PlainRunner
 from qatbench.errors import PrerequisiteError, QatbenchError, UsageError
 from qatbench.stages.answerer import answerer
+from qatbench.stages.ask import Asked, ask
 from qatbench.stages.common import silent
 from qatbench.stages.evaluate import EvalSettings, evaluate
+from qatbench.stages.speed import SpeedSettings, speed
 from qatbench.tasks import selector
+from qatbench.vlm import kernel
 from qatbench.vlm import load as loading
 from qatbench.vlm.batch import Encoder
-from qatbench.vlm.load import ModelFolder
+from qatbench.vlm.load import ModelFolder, find
 
 LIMIT = 12
 PROMPTS = ("Which animal is a mammal?", "Answer:", "the horse the eagle the salmon water wind coal")
@@ -136,6 +140,26 @@ def test_option_mode_and_kernels_are_the_plain_models(
     assert figures["engine"] == "transformers"
     options = asking(mode="options", protocol={"scienceqa": "qatbench"})
     assert "engine" not in run(models["text"], options, data, tmp_path / "options")
+
+
+@pytest.mark.parametrize(("bits", "dense"), [(4, True), (3, True), (8, False)])
+def test_eval_ask_and_speed_multiply_a_packed_checkpoint_alike(
+    bits: int, dense: bool, make: Make, data: dict[str, str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(kernel, "_memory", lambda: 10**12)
+    folder = find(str(make("text", "rtn", bits).path))
+    figures = run(folder, asking(limit=2), data, tmp_path / "run")
+    assert figures["engine"] == "qatbench"
+    assert (figures["kernel"] == "Linear") == dense
+    asked = Asked("Which animal is a mammal?", (), 2, engine="qatbench", device="cpu")
+    assert ask([folder], asked, silent)["answers"][0]["kernel"] == figures["kernel"]
+    settings = SpeedSettings(
+        engines=("qatbench",), required=True, batches=(1,), contexts=(8,), tokens=1, repeats=1,
+        device="cpu",
+    )  # fmt: skip
+    (row,) = speed([folder], settings, {}, silent).rows
+    assert (row.status, row.kernel) == ("ok", figures["kernel"])
 
 
 def test_engine_is_part_of_what_a_folder_is_for_only_if_named() -> None:
