@@ -19,8 +19,6 @@ from qatbench.vlm.generate import ends
 from qatbench.vlm.layout import most_positions
 from qatbench.vlm.load import ModelFolder
 
-AT_ONCE = 8  # tokens between two looks at whether the answer has ended
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -135,13 +133,14 @@ def _answer(runner: Runner, asked: Asked, meter: Meter) -> dict[str, Any]:
 
 
 def _told(runner: Runner, prompts: list[Any], asked: Asked, meter: Meter) -> dict[str, Any]:
+    # Not `writing.written`: the clock is read after the first token, and no room is made meanwhile.
     ending = ends(runner.loaded)
     begun = meter.now()
     started = runner.start(prompts, asked.max_new_tokens)
     tokens = started.first.tolist()
     first = meter.now()
     while len(tokens) < asked.max_new_tokens and not ending.intersection(tokens):
-        count = min(AT_ONCE, asked.max_new_tokens - len(tokens))
+        count = min(runner.at_once, asked.max_new_tokens - len(tokens))
         tokens += runner.step(started, count)[0].tolist()
     done, decoded = meter.now(), len(tokens) - 1
     last = next((k for k, token in enumerate(tokens) if token in ending), None)

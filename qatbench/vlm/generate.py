@@ -81,7 +81,7 @@ def generate(loaded: Loaded, prompts: Sequence[Encoded], max_new_tokens: int) ->
 
 
 def _greedy(loaded: Loaded, prompts: Sequence[Encoded], limit: int) -> list[list[int]]:
-    """Tokens of each answer, what ended it left out."""
+    """Tokens of each answer, what ended it left out. Engines are held to it."""
     ending, batch = ends(loaded), begin(loaded, prompts, limit)
     written: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # those in the batch

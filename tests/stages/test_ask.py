@@ -135,6 +135,27 @@ def test_seconds_and_rate_are_those_of_the_clock(
     assert answer["tokens_per_second"] is None
 
 
+def test_nothing_is_told_after_the_end_that_the_engine_does_not_tell_at_once(
+    models: dict[str, ModelFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards: list[int] = []
+    tell = plain.tell
+    monkeypatch.setattr(plain, "tell", lambda *given: (forwards.append(1), tell(*given))[1])
+    asked = Asked("Which animal is a mammal?", (), 12, device="cpu")
+    monkeypatch.setattr(stage, "ends", lambda loaded: set())
+    free = ask([models["text"]], asked, silent)["answers"][0]["tokens"]
+    assert len(forwards) == len(free) == 12
+    monkeypatch.setattr(stage, "ends", lambda loaded: {free[5]})
+    last = free.index(free[5])
+    assert last, "an answer that ends with its first token is not what this is about"
+    for at_once, told in ((1, last), (4, -(-last // 4) * 4)):  # beside the first token
+        forwards.clear()
+        monkeypatch.setattr(plain.PlainRunner, "at_once", at_once)
+        (answer,) = ask([models["text"]], asked, silent)["answers"]
+        assert answer["tokens"] == free[:last]
+        assert len(forwards) == 1 + told
+
+
 def test_what_cannot_be_asked_is_refused_before_anything_is_loaded(
     models: dict[str, ModelFolder], picture: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
