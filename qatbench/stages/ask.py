@@ -56,7 +56,7 @@ def ask(
     for k, folder in enumerate(folders):
         progress("Asking", k, len(folders))
         begun = meter.now()
-        runner = pick.load(asked.engine, folder, device=device, dtype=dtype)
+        runner = pick.load(asked.engine, folder, device=device, dtype=dtype, progress=progress)
         loading = meter.now() - begun
         words = runner.loaded.tokenizer.get_vocab()
         vocabulary = vocabulary or words
@@ -135,6 +135,8 @@ def _answer(runner: Runner, asked: Asked, meter: Meter) -> dict[str, Any]:
 def _told(runner: Runner, prompts: list[Any], asked: Asked, meter: Meter) -> dict[str, Any]:
     # Not `writing.written`: the clock is read after the first token, and no room is made meanwhile.
     ending = ends(runner.loaded)
+    if meter.device.type == "cuda":
+        runner.start(prompts, 2)  # kernels are made at first use: not on this answer's time
     begun = meter.now()
     started = runner.start(prompts, asked.max_new_tokens)
     tokens = started.first.tolist()

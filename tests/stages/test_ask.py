@@ -135,6 +135,30 @@ def test_seconds_and_rate_are_those_of_the_clock(
     assert answer["tokens_per_second"] is None
 
 
+def test_what_a_gpu_makes_at_first_use_is_not_an_answers_time(
+    models: dict[str, ModelFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, start, prepared = _Clock(), plain.PlainRunner.start, []
+
+    def prepare(self: plain.PlainRunner, *given: Any) -> Any:
+        clock.seconds += 100.0 if not prepared else 0.25
+        prepared.append(1)
+        return start(self, *given)
+
+    class OnGpu(stage.Meter):
+        def __init__(self) -> None:
+            super().__init__("cpu", clock)
+            self.device = torch.device("cuda")
+
+    monkeypatch.setattr(plain.PlainRunner, "start", prepare)
+    asked = Asked("What?", (), 1, device="cpu")
+    (answer,) = ask([models["text"]], asked, silent, OnGpu())["answers"]
+    assert answer["first_token_seconds"] == 0.25
+    prepared.clear()
+    (answer,) = ask([models["text"]], asked, silent, stage.Meter("cpu", clock))["answers"]
+    assert answer["first_token_seconds"] == 100.0
+
+
 def test_nothing_is_told_after_the_end_that_the_engine_does_not_tell_at_once(
     models: dict[str, ModelFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
