@@ -33,7 +33,7 @@ def speed_command(
     model: Models,
     engine: Annotated[
         list[str] | None,
-        typer.Option("--engine", help="transformers or qatbench; default: both. Repeatable."),
+        typer.Option("--engine", help="transformers, qatbench (default: both), vllm. Repeatable."),
     ] = None,
     batch: Annotated[str, typer.Option(help="Rows, as 1,8,32.")] = "1,8,32",
     context: Annotated[str, typer.Option(help="Tokens of a prompt, as 512,2048.")] = "512,2048",

@@ -14,7 +14,7 @@ from qatbench.engine.decoder import Cache, Decoder, torch_step
 from qatbench.engine.fused import Fused
 from qatbench.engine.plain import held_bytes
 from qatbench.engine.products import shared_by
-from qatbench.engine.runner import Started
+from qatbench.engine.runner import Direct, Started
 from qatbench.engine.step import Chosen, Step
 from qatbench.errors import UsageError
 from qatbench.quant.packing import Affine
@@ -39,7 +39,7 @@ class _State:
     rope: tuple[Tensor, Tensor] | None = None
 
 
-class FastRunner:
+class FastRunner(Direct):
     """See `runner.Runner`. Fused kernels on CUDA in bf16, else the model's own linears."""
 
     engine = "qatbench"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatbench.engine.runner import Started
+from qatbench.engine.runner import Direct, Started
 from qatbench.errors import UsageError
 from qatbench.vlm import load as models
 from qatbench.vlm.batch import Encoded
@@ -16,7 +16,7 @@ from qatbench.vlm.generate import Decoding, begin, keep, tell
 from qatbench.vlm.load import Loaded, ModelFolder
 
 
-class PlainRunner:
+class PlainRunner(Direct):
     """What `from_pretrained` gives and nothing else; its tokens are those of `vlm.generate`."""
 
     engine = "transformers"

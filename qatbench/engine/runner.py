@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -25,15 +25,28 @@ class Started:
     state: Any
 
 
+class Room(NamedTuple):
+    """The most that will be asked of an engine at once."""
+
+    rows: int
+    prompt: int  # tokens of a row's prompt
+    tokens: int  # told after it
+
+
 class Runner(Protocol):
     """An engine with a model in it. All of its work is greedy; a row's padding changes nothing."""
 
     loaded: Loaded
-    engine: str  # "transformers" or "qatbench"
+    engine: str  # "transformers", "qatbench" or "vllm"
     kernel: str  # of the language model's linears at decoding: a class or a kernel's name
     attention: str  # of decoding
     at_once: int  # tokens that are best asked for at a time
     shrinks_at: float  # share of a batch's rows at which it pays to go on with those alone
+    ahead: bool  # whether the device is at the next step already when tokens are told
+    reserves: bool  # whether the cache's memory is taken at loading, for the most that is asked
+
+    def prepare(self, prompts: Sequence[Encoded]) -> None:
+        """Do what can be done for a `start` with these prompts before a clock runs."""
 
     def start(self, prompts: Sequence[Encoded], room: int) -> Started:
         """Read a batch of prompts, pictures included, and make room for `room` tokens a row."""
@@ -55,3 +68,18 @@ class Runner(Protocol):
 
     def cache_bytes(self, started: Started) -> int:
         """Bytes of keys and values that a batch holds, room included."""
+
+    def close(self) -> None:
+        """Give up the model; nothing can be asked after it."""
+
+
+class Direct:
+    """An engine that this process calls itself: nothing to prepare, nothing to close."""
+
+    ahead = reserves = False
+
+    def prepare(self, prompts: Sequence[Encoded]) -> None:
+        """Nothing: `start` takes prompts as they are."""
+
+    def close(self) -> None:
+        """Nothing: what nobody refers to is given up."""

@@ -82,7 +82,7 @@ def failures(speed: Speed) -> list[str]:
         if row.status != "ok"
     ]
     peaks = [row.peak_bytes for row in speed.rows if row.status == "ok"]
-    if peaks and not any(peaks):
+    if peaks and not any(peaks) and not speed.gpu:
         lines.append("peak memory: not measured, as nobody counts it on a CPU")
     return [*dict.fromkeys(lines), *speed.notes]
 

@@ -25,6 +25,10 @@ class Meter:
             torch.cuda.synchronize(self.device)
         return self._clock()
 
+    def moment(self) -> float:
+        """Seconds, whatever the device is doing: for what is on the host already."""
+        return self._clock()
+
     def held(self) -> int:
         """Bytes of all tensors on the device; 0 on the CPU, where nobody counts them."""
         return torch.cuda.memory_allocated(self.device) if self.counts_memory else 0

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from qatbench import store
-from qatbench.engine import pick
+from qatbench.engine import pick, vllm
+from qatbench.engine.runner import Room
 from qatbench.errors import PrerequisiteError, UsageError
 from qatbench.records import Question
 from qatbench.records_speed import Bandwidth, EvaluationRow, Speed, SpeedModel, SpeedRow, spread
@@ -45,13 +46,14 @@ def speed(
     `paths` says where the data of the task lie that `settings.asked` names.
 
     Raises: UsageError for settings that cannot work with these models; PrerequisiteError when no
-        engine runs any of them; what an engine of `settings.engines` says that does not run one,
-        where `required` is set.
+        engine runs any of them, and when vLLM is asked for and not there; what an engine of
+        `settings.engines` says that does not run one, where `required` is set.
     """
     _check(folders, settings)
     questions = asked_of(folders, settings.asked, paths) if settings.asked else []
     device = models.pick_device(settings.device)
     dtype = models.pick_dtype(settings.dtype, device)
+    versions = store.versions() | pick.require(settings.engines, device)
     meter = meter or Meter(device)
     progress("Measuring the bandwidth of the memory", 0, 0)
     size, rates = meter.bandwidth(settings.repeats)
@@ -72,7 +74,7 @@ def speed(
         raise PrerequisiteError(rows[0].reason, hint="--engine transformers")
     order = {case: k for k, case in enumerate(cases)}
     rows.sort(key=lambda row: order[Case(row.context, row.batch)])
-    return _record(folders, how, bandwidth, rows, evaluations)
+    return _record(folders, how, versions, bandwidth, rows, evaluations)
 
 
 def _together(
@@ -86,19 +88,25 @@ def _together(
     settings, rounds = how.settings, how.settings.warm_up + how.settings.repeats
     entrants, rows = _load(pairs, cases, how, count.progress)
     count.add(len(rows) * rounds)
-    for case in cases:
-        rows += measure(entrants, case, how, count)
-    if settings.asked is None:
-        return rows, []
-    plain = [(e.folder, e.runner) for e in entrants if e.runner.engine == PLAIN]
-    return rows, measure_questions(
-        plain, settings.asked, questions, how.meter, settings.warm_up, settings.repeats, count.add
-    )
+    try:
+        for case in cases:
+            rows += measure(entrants, case, how, count)
+        if settings.asked is None:
+            return rows, []
+        plain = [(e.folder, e.runner) for e in entrants if e.runner.engine == PLAIN]
+        return rows, measure_questions(
+            plain, settings.asked, questions, how.meter, settings.warm_up, settings.repeats,
+            count.add,
+        )  # fmt: skip
+    finally:
+        for entrant in entrants:
+            entrant.runner.close()
 
 
 def _record(
     folders: Sequence[ModelFolder],
     how: How,
+    versions: dict[str, str],
     bandwidth: Bandwidth,
     rows: Sequence[SpeedRow],
     evaluations: Sequence[EvaluationRow],
@@ -115,7 +123,7 @@ def _record(
         tokens=settings.tokens,
         in_turns=settings.in_turns,
         image=settings.image,
-        versions=store.versions(),
+        versions=versions,
         bandwidth=bandwidth,
         models=tuple(_model(folder) for folder in folders),
         rows=with_ratios(rows, folders[0].name),
@@ -125,7 +133,7 @@ def _record(
 
 
 def _check(folders: Sequence[ModelFolder], settings: SpeedSettings) -> None:
-    pick.check(list(settings.engines))
+    pick.check(settings.engines, pick.MEASURED)
     for what, values in (("model", [f.name for f in folders]), ("engine", settings.engines)):
         if len(set(values)) < len(values):
             raise UsageError(f"a {what} is named twice: {', '.join(values)}")
@@ -145,6 +153,8 @@ def _check(folders: Sequence[ModelFolder], settings: SpeedSettings) -> None:
 
 
 def _notes(settings: SpeedSettings) -> Iterator[str]:
+    if vllm.ENGINE in settings.engines:
+        yield vllm.NOTE
     if settings.asked is None:
         yield "questions/s in evaluation: not measured, as no task was given (--task)"
     elif PLAIN not in settings.engines:
@@ -194,14 +204,18 @@ Refusal = tuple[Literal["out of memory", "not run"], str]
 
 def _entrant(folder: ModelFolder, engine: str, how: How, progress: Progress) -> Entrant | Refusal:
     """Load a model into an engine; what is not there for want of memory says so."""
-    before = how.meter.held()
+    before, asked = how.meter.held(), how.settings
+    room = Room(max(asked.batches), max(asked.contexts), asked.tokens + 1)
     try:
-        runner = pick.load(engine, folder, device=how.device, dtype=how.dtype, progress=progress)
+        runner = pick.load(
+            engine, folder, device=how.device, dtype=how.dtype, progress=progress, room=room
+        )
     except Exception as error:
         if not is_out_of_memory(error) and not is_out_of_memory(error.__cause__ or error):
             raise
         beside = ", beside the others (--apart)" if how.settings.in_turns else ""
-        return "out of memory", f"the weights do not fit{beside}"
+        what = "weights and room for the largest case" if engine == vllm.ENGINE else "weights"
+        return "out of memory", f"the {what} do not fit{beside}"
     return Entrant(folder, runner, how.meter.held() - before)
 
 

@@ -165,9 +165,10 @@ def _once(entrant: Entrant, given: Sequence[Encoded], tokens: int, meter: Meter)
 def _timed(
     runner: Runner, given: Sequence[Encoded], tokens: int, meter: Meter
 ) -> tuple[float, float, int]:
+    runner.prepare(given)
     begun = meter.now()
     started = runner.start(given, tokens + 1)
-    read = meter.now()
+    read = meter.moment() if runner.ahead else meter.now()  # else its next step counts as reading
     runner.step(started, tokens)
     done = meter.now()
     return read - begun, done - read, runner.cache_bytes(started)
@@ -180,6 +181,7 @@ def _figures(entrant: Entrant, case: Case, times: Sequence[_Time], how: How) -> 
     length = case.context + settings.tokens / 2  # of a row's cache, on the way
     moved = decode_bytes(entrant.folder.config, how.dtype.itemsize, case.batch, length)
     limit = None if moved is None else case.batch * how.bandwidth / moved
+    counted = how.meter.counts_memory and not entrant.runner.reserves
     return {
         "first_token_seconds": spread([time.first for time in times]),
         "prefill_tokens_per_second": spread(
@@ -187,7 +189,7 @@ def _figures(entrant: Entrant, case: Case, times: Sequence[_Time], how: How) -> 
         ),
         "decode_tokens_per_second": decode,
         "cache_bytes": max(time.cache for time in times),
-        "peak_bytes": max(time.peak for time in times) if how.meter.counts_memory else None,
+        "peak_bytes": max(time.peak for time in times) if counted else None,
         "moved_bytes": moved,
         "limit_tokens_per_second": limit,
         "share_of_limit": None if limit is None else decode.median / limit,

@@ -20,6 +20,7 @@ from qatbench.tasks.images import open_rgb
 from qatbench.vlm.layout import image_token
 from qatbench.vlm.load import Loaded
 
+Picture = Path | bytes
 HELD = 2 << 30  # bytes of encoded pictures an encoder keeps: passes of a question share theirs
 
 
@@ -35,6 +36,7 @@ class Encoded:
     pixels: dict[str, Tensor]  # vision inputs; the first dimension runs over images or patches
     places: Tensor | None = None  # (3, len(ids)) for M-RoPE, None where positions simply count
     kinds: Tensor | None = None  # (len(ids),) int64: 1 at visual tokens, 0 at text
+    images: tuple[Picture, ...] = ()  # as they were given, for engines with their own processor
 
     def positions(self, more: int = 0) -> Tensor:
         """Positions of the prompt and of `more` tokens of text after it: (L,), M-RoPE: (3, L)."""
@@ -52,9 +54,6 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-Picture = Path | bytes
 
 
 class Encoder:
@@ -105,7 +104,7 @@ class Encoder:
         if len(images) == 1 and images[0] in self._pictures and rendered.count(mark) == 1:
             tokens, pixels = self._pictures[images[0]]
             ids = list(self.tokenizer(rendered.replace(mark, mark * tokens)).input_ids)
-            return self._placed(ids, rendered, pixels)
+            return replace(self._placed(ids, rendered, pixels), images=tuple(images))
         opened = [open_rgb(one) for one in images]
         try:
             inputs = self.processor(text=[rendered], images=opened, return_tensors="pt")
@@ -116,7 +115,7 @@ class Encoder:
             inputs.pop(key, None)
         if len(images) == 1:
             self._keep(images[0], ids.count(self.image_token), inputs)
-        return self._placed(ids, rendered, dict(inputs))
+        return replace(self._placed(ids, rendered, dict(inputs)), images=tuple(images))
 
     def tokens(self, ids: Sequence[int], after: Encoded | None = None) -> Encoded:
         """A prompt of these tokens, all of them text; behind those of another prompt if given."""

@@ -165,6 +165,14 @@ def decode_bytes(
         bits, group = int(settings["bits"]), int(settings["group_size"])
         stored_bits = (n * w * bits_per_weight(bits, group, w) for n, w in shapes.values())
         linears = sum(stored_bits) / 8
-    keys = shapes[f"{layout.architecture(config).layers}.0.self_attn.k_proj"][0]
-    token = 2 * itemsize * keys * int(text["num_hidden_layers"])
-    return linears + itemsize * rest + batch * length * token
+    return linears + itemsize * rest + batch * length * cached_bytes(config, itemsize)
+
+
+def cached_bytes(config: Mapping[str, Any], itemsize: int) -> int:
+    """Bytes of the keys and values of one token, all layers, at `itemsize` bytes a number.
+
+    Raises: UsageError for an architecture that is not supported or a config without its sizes.
+    """
+    name = f"{layout.architecture(config).layers}.0.self_attn.k_proj"
+    layers = int(layout.text_sizes(config)["num_hidden_layers"])
+    return 2 * itemsize * layout.linear_shapes(config)[name][0] * layers

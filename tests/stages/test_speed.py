@@ -15,7 +15,7 @@ from tiny import Make, Source
 
 from qatbench import cli, store
 from qatbench.engine import pick, plain
-from qatbench.engine.runner import Started
+from qatbench.engine.runner import Direct, Started
 from qatbench.errors import PrerequisiteError, QatbenchError, UsageError
 from qatbench.records_speed import Speed, SpeedRow, spread
 from qatbench.report import speed as words
@@ -72,7 +72,7 @@ class Machine(Meter):
         return 500, [10_000.0] * repeats
 
 
-class Fake:
+class Fake(Direct):
     """A runner of stated speed: seconds a prompt token and a step, whatever the batch."""
 
     kernel, attention = "fake", "none"
@@ -284,7 +284,7 @@ def test_an_engine_that_cannot_run_is_a_row_unless_it_was_named(
         ({"contexts": (512, 2048)}, "1024 positions"),
         ({"contexts": (960,), "tokens": 64}, "need 1025"),
         ({"image": "mini"}, "sees pictures"),
-        ({"engines": ("transformers", "vllm")}, "no engine 'vllm'"),
+        ({"engines": ("transformers", "sglang")}, "no engine 'sglang'"),
         ({"engines": ("transformers", "transformers")}, "named twice"),
     ],
 )
