@@ -55,7 +55,7 @@ class SpeedRow(Record):
     decode_tokens_per_second: Spread | None = None  # of all rows, after the first token
     weight_bytes: int | None = None  # on the device, counted
     cache_bytes: int | None = None  # keys and values of all rows, room included, counted
-    peak_bytes: int | None = None  # most that this model and engine held; CUDA only
+    peak_bytes: int | None = None  # most that this model and engine held; CUDA only, not of vllm
     moved_bytes: float | None = None  # that a decoding step must move: weights once, cache
     limit_tokens_per_second: float | None = None  # if moving them were all, at `bandwidth`
     share_of_limit: float | None = None  # decoding over that limit
