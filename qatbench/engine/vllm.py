@@ -32,7 +32,7 @@ NOTE = (
     "engine vllm: its cache is taken at loading, for the largest case, so that no case has a peak"
     " of its own; cache is the blocks that the rows of a case fill"
 )
-_ELSEWHERE = "pip install vllm, in an environment of its own: it asks for another torch"
+_ELSEWHERE = "pip install vllm, in an environment without gptqmodel: docs/speed.md says how"
 _BLOCK = 256  # tokens: no block of its caches is larger, so room in these is room enough
 # `step` of this process, not of another one; tables on stdout alone, nothing sent to its makers.
 _FORCED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
