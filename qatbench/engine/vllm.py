@@ -266,7 +266,7 @@ def _first(what: str, error: BaseException) -> str:
 
 
 def load(folder: ModelFolder, *, device: str, dtype: torch.dtype, room: Room) -> VllmRunner:
-    """Load a model into vLLM, with a cache for `room` and not a byte more of the device's memory.
+    """Load a model into vLLM, with a cache for `room`, rounded up, whatever the device has left.
 
     Everything that is not said is its default: compiled, with CUDA graphs, scheduling ahead.
 
