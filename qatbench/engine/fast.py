@@ -101,7 +101,8 @@ class FastRunner(Direct):
 
     def _measuring(self, rows: int, done: int, total: int) -> None:
         if self.progress:
-            self.progress(f"Measuring kernels for {rows} rows", done, total)
+            doing = "Measuring" if total else "Compiling"
+            self.progress(f"{doing} kernels for {rows} rows", done, total)
 
     @torch.inference_mode()
     def step(self, started: Started, count: int) -> Tensor:

@@ -69,6 +69,7 @@ def _told(step: Step) -> dict[str, Any]:
 
 
 def _measure(step: Step, progress: Callable[[int, int], None]) -> None:
+    progress(0, 0)  # kernels are compiled first
     rows, layers = len(step.token), range(min(LAYERS, step.fused.decoder.sizes.layers))
     kinds = list(step.fused.kinds(rows).values())
     choices: list[tuple[Callable[[Any], None], list[Any]]] = [

@@ -255,7 +255,7 @@ def test_forms_are_measured_once_and_change_no_state(
     after = (step.token, step.count, step.cache.filled, step.cache.turned)
     assert all(map(torch.equal, before, after))
     assert [done for done, _ in told] == sorted(done for done, _ in told)
-    assert told[0][0] == 0
+    assert told[0] == (0, 0)
     assert told[-1][0] == told[-1][1]
     (file,) = (store.cache_folder() / "kernels").glob("forms-*.json")
     monkeypatch.setattr(forms, "_seconds", lambda *given: pytest.fail("measured again"))
