@@ -105,6 +105,13 @@ def _check(decoder: Decoder) -> None:
             f"and a hidden size that is a multiple of {CHUNK}, not {s.hidden}",
             hint=hint,
         )
+    inner = decoder.inner.config.intermediate_size
+    if 2 * inner % TILE:
+        raise UsageError(
+            f"the engine's kernels take an inner size that is a multiple of {TILE // 2}, "
+            f"not {inner}",
+            hint=hint,
+        )
     act = decoder.inner.config.hidden_act
     if act not in ("silu", "swish"):
         raise UsageError(f"the engine's kernels compute SiLU, not {act!r}", hint=hint)

@@ -139,10 +139,8 @@ class Product:
         found = [LIBRARY] if columns > 1 or not isinstance(self.weight, Packed) else []
         if columns > MOST_COLUMNS:
             return found
-        packed, least_span = isinstance(self.weight, Packed), self._spans()[0]
-        for warps, tiles, blocks, span in itertools.product(
-            (8, 12, 16), (1, 2), (1, 2), self._spans()
-        ):
+        packed, spans = isinstance(self.weight, Packed), self._spans()
+        for warps, tiles, blocks, span in itertools.product((8, 12, 16), (1, 2), (1, 2), spans):
             if self.rows % (TILE * tiles) or warps * 32 * blocks > 1024:
                 continue
             form = Form(warps, tiles, 1, blocks, span)
@@ -150,14 +148,14 @@ class Product:
             slot = least - self._taken(replace(form, depth=0), columns, card)
             most = min(1 + (self._most(form, card) - least) // slot, 16)
             # Where kernels share a multiprocessor, to ask for less early can be better.
-            depths = (most, most // 2) if packed and blocks == 2 and span == least_span else (most,)
+            depths = (most, most // 2) if packed and blocks == 2 and span == spans[0] else (most,)
             found += [replace(form, depth=depth) for depth in depths if depth > 1]
         return found
 
     def _spans(self) -> list[int]:
         w = self.weight
         if not isinstance(w, Packed):
-            return [CHUNK]
+            return [] if self.width % CHUNK else [CHUNK]  # torch's takes any width
         least = max(w.group, CHUNK)
         return [span for span in (least, 2 * least) if self.width % span == 0]
 

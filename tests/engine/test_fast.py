@@ -12,11 +12,12 @@ import torch
 import transformers
 from engine_types import Ask, Load, Packs
 
-from qatbench.engine import fast, pick
+from qatbench.engine import fast, fused, pick
 from qatbench.engine.decoder import ROPE, Decoder
 from qatbench.engine.fast import FastRunner
 from qatbench.engine.fused import Fused
 from qatbench.engine.plain import PlainRunner
+from qatbench.engine.products import LIBRARY, Card, Product
 from qatbench.engine.runner import Runner
 from qatbench.errors import UsageError
 from qatbench.quant.packing import Affine
@@ -211,6 +212,32 @@ def test_room_is_made_for_more(name: str, load: Load, ask: Ask) -> None:
         assert torch.equal(torch.cat(parts, 1), want)
         with pytest.raises(UsageError):
             runner.step(started, 1)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        ("hidden", 1000, "multiple of 64, not 1000"), ("head", 96, "128 or 256, not 96"),
+        ("intermediate_size", 1001, "multiple of 8, not 1001"),
+        ("hidden_act", "gelu", "SiLU, not 'gelu'"),
+    ],
+)  # fmt: skip
+def test_shapes_that_kernels_do_not_take(part: str, value: Any, said: str) -> None:
+    sizes, config = {"hidden": 1024, "head": 64}, {"intermediate_size": 1000, "hidden_act": "silu"}
+    decoder: Any = SimpleNamespace(
+        sizes=SimpleNamespace(**sizes), inner=SimpleNamespace(config=SimpleNamespace(**config))
+    )
+    fused._check(decoder)
+    setattr(decoder.sizes if part in sizes else decoder.inner.config, part, value)
+    with pytest.raises(UsageError, match=said) as error:
+        fused._check(decoder)
+    assert error.value.hint == "--engine transformers"
+
+
+def test_a_width_that_only_torch_multiplies_has_no_other_form() -> None:
+    card = Card(132, 228 << 10)
+    assert Product(torch.empty(4096, 1000, device="meta")).forms(1, card) == [LIBRARY]
+    assert len(Product(torch.empty(4096, 1024, device="meta")).forms(1, card)) > 5
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
