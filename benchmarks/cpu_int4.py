@@ -37,7 +37,12 @@ from kept import show  # noqa: E402
 
 from qatbench.engine import pick  # noqa: E402
 from qatbench.records import Prediction, Question  # noqa: E402
-from qatbench.stages.answering import ON_CPU, Batching, answer_all  # noqa: E402
+from qatbench.stages.answering import (  # noqa: E402
+    ON_CPU,
+    OPTIONS_ON_CPU,
+    Batching,
+    answer_all,
+)
 from qatbench.stages.common import silent  # noqa: E402
 from qatbench.stages.speed_prompts import prompts  # noqa: E402
 from qatbench.tasks import selector  # noqa: E402
@@ -46,7 +51,7 @@ from qatbench.vlm.batch import Encoder  # noqa: E402
 from qatbench.vlm.load import Loaded, ModelFolder  # noqa: E402
 
 PROTOCOL = "qatbench"
-TOKENS = (ON_CPU, 512)  # padded, a batch: the default, and what stays in the caches
+TOKENS = (ON_CPU, OPTIONS_ON_CPU)  # padded, a batch: what was the default, and what is
 CONTEXT, NEW = 64, 16  # tokens of the decoding measurement
 BASE = "fp32 dense"
 WAYS = {

@@ -19,6 +19,7 @@ from qatbench.vlm.load import Loaded, ModelFolder
 
 PARTIAL = "predictions.partial.jsonl"
 ON_CPU = 2048  # padded tokens a batch: more are not faster there
+OPTIONS_ON_CPU = 512  # in option mode: what a layer makes of them stays in the caches
 AT_MOST = 65536  # and on a GPU
 SHARE = 0.6  # of the free memory that a batch may take
 
@@ -99,12 +100,13 @@ def found_tokens(
 ) -> int:
     """Padded tokens a batch that the free memory of a GPU holds beside the weights of each worker.
 
-    A layer's widest moment is counted, and in generate mode the cache. On a CPU a constant.
+    A layer's widest moment is counted, and in generate mode the cache. On a CPU a constant, by
+    mode.
 
     Raises: PrerequisiteError when the weights alone do not fit.
     """
     if device == "cpu":
-        return ON_CPU
+        return OPTIONS_ON_CPU if mode == "options" else ON_CPU
     sizes = layout.text_sizes(model.config)
     hidden, heads = int(sizes["hidden_size"]), int(sizes["num_attention_heads"])
     each = dtype.itemsize * (4 * int(sizes["intermediate_size"]) + 8 * hidden)

@@ -9,6 +9,7 @@ from qatbench.engine.runner import Runner
 from qatbench.errors import PrerequisiteError
 from qatbench.records import Question
 from qatbench.records_speed import EvaluationRow, spread
+from qatbench.stages.answering import OPTIONS_ON_CPU
 from qatbench.stages.evaluate import questions_of, refuse_images
 from qatbench.stages.meter import Meter, is_out_of_memory
 from qatbench.tasks.selector import Selector
@@ -16,7 +17,7 @@ from qatbench.vlm import answer
 from qatbench.vlm.batch import Encoder, arithmetic
 from qatbench.vlm.load import Loaded, ModelFolder
 
-PADDED = {"cpu": 2048, "cuda": 16384}  # tokens a batch, the same for all models
+PADDED = {"cpu": OPTIONS_ON_CPU, "cuda": 16384}  # tokens a batch, the same for all models
 
 
 @dataclass(frozen=True)

@@ -476,7 +476,9 @@ def test_a_batch_takes_the_memory_that_weights_leave(
     free = llava.weight_bytes() * 2 - 1
     with pytest.raises(PrerequisiteError, match="do not fit into the"):
         tokens(workers=2)
-    assert answering.found_tokens(llava, "cpu", torch.float32, "options") == answering.ON_CPU
+    on_cpu = {"options": answering.OPTIONS_ON_CPU, "generate": answering.ON_CPU}
+    for mode, most in on_cpu.items():
+        assert answering.found_tokens(llava, "cpu", torch.float32, mode) == most  # type: ignore[arg-type]
 
 
 def test_a_resumed_run_forms_the_batches_of_the_first(
@@ -485,7 +487,7 @@ def test_a_resumed_run_forms_the_batches_of_the_first(
     out = tmp_path / "run"
     settings = dataclasses.replace(asking(), batch_size=None)
     longest = 90
-    monkeypatch.setattr(answering, "ON_CPU", 2 * longest)  # two questions a batch
+    monkeypatch.setattr(answering, "OPTIONS_ON_CPU", 2 * longest)  # two questions a batch
 
     def stop(what: str, done: int, total: int) -> None:
         if what == "Answering" and done >= 4:
@@ -494,7 +496,7 @@ def test_a_resumed_run_forms_the_batches_of_the_first(
     with pytest.raises(KeyboardInterrupt):
         run(llava, settings, data, out, progress=stop)
     done = len((out / PARTIAL).read_text().splitlines())
-    monkeypatch.setattr(answering, "ON_CPU", 5 * longest)  # more memory than before
+    monkeypatch.setattr(answering, "OPTIONS_ON_CPU", 5 * longest)  # more memory than before
     answered = spy(monkeypatch)
     record = run(llava, settings, data, out, resume=True)
     assert len(answered) == 12 - done
