@@ -11,7 +11,8 @@ import ctypes
 import functools
 import hashlib
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Kernel:
         _done(driver.cuLaunchKernelEx(config, self.handle, ctypes.addressof(pointers), 0))
 
 
-def check(device: str) -> None:
+def check(device: str | int) -> None:
     """Refuse a device that the kernels cannot run on; nothing is compiled, and no memory is taken.
 
     Raises: PrerequisiteError where the bindings or NVRTC are missing, and where the device is older
@@ -90,7 +91,7 @@ def kernel(source: str, name: str, *, shared: int = 0, **defines: int) -> Kernel
         shared: bytes of dynamic shared memory that it takes.
         defines: of the preprocessor.
 
-    Raises: PrerequisiteError where the device is too old or a part of CUDA is missing.
+    Raises: PrerequisiteError as `check` and `binary`.
     """
     known = tuple(sorted(defines.items()))
     return _kernel(source, name, shared, known, torch.cuda.current_device())
@@ -100,14 +101,8 @@ def kernel(source: str, name: str, *, shared: int = 0, **defines: int) -> Kernel
 def _kernel(
     source: str, name: str, shared: int, defines: tuple[tuple[str, int], ...], device: int
 ) -> Kernel:
-    driver = _binding("driver")
-    capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST:
-        raise PrerequisiteError(
-            f"the engine needs compute capability {LEAST[0]}.{LEAST[1]}, "
-            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}",
-            hint="--engine transformers",
-        )
+    check(device)
+    driver, capability = _binding("driver"), torch.cuda.get_device_capability(device)
     module = _module(source, defines, capability, device)
     function = _done(driver.cuModuleGetFunction(module, name.encode()))
     # One division of the first cache for all: to change it a multiprocessor has to run empty.
@@ -157,6 +152,14 @@ def binary(source: str, defines: Mapping[str, int], capability: tuple[int, int])
     image = _compiled(nvrtc, source, code, common, options)
     store.write_bytes(file, image)
     return image
+
+
+def compile_all(wanted: Iterable[tuple[str, Mapping[str, int]]]) -> None:
+    """Compile sources with their defines for the current device into the cache, several at once."""
+    capability = torch.cuda.get_device_capability()
+    each = {(source, *sorted(defines.items())): (source, defines) for source, defines in wanted}
+    with ThreadPoolExecutor() as pool:  # the compiler lets other threads run
+        list(pool.map(lambda one: binary(one[0], one[1], capability), each.values()))
 
 
 def _version(nvrtc: Any) -> str:

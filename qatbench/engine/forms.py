@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -78,7 +77,7 @@ def _measure(step: Step, progress: Callable[[int, int], None]) -> None:
     ]
     attentions = functools.partial(_take_attention, step), _attentions_without_spills(step, rows)
     choices.insert(1, attentions)
-    turns = (_as_they_are, _with_leads, _as_they_are)
+    turns = (list, _with_leads, list)
     total, done = sum(len(forms) for _, forms in choices) * len(turns), 0  # less after the first
     for turn in turns:
         for i, (take, forms) in enumerate(choices):
@@ -92,10 +91,6 @@ def _measure(step: Step, progress: Callable[[int, int], None]) -> None:
             take(best[0])
             choices[i] = take, best[:AGAIN]
     progress(total, total)
-
-
-def _as_they_are(forms: list[Any]) -> list[Any]:
-    return forms
 
 
 def _with_leads(forms: list[Any]) -> list[Any]:
@@ -138,7 +133,6 @@ def _without_spills(product: Product, rows: int) -> list[Form]:
 def _attentions_without_spills(step: Step, rows: int) -> list[Attention]:
     every = attentions(step.fused, rows)
     norms = step.fused.layers[0].q_norm is not None
-    with ThreadPoolExecutor() as pool:  # the compiler lets other threads run
-        list(pool.map(lambda form: step.compile_attention(form, norms), every))
+    cuda.compile_all(("attention.cu", step.attention_defines(form, norms)) for form in every)
     spilled = {form: step.attention_kernel(form, norms).spilled for form in every}
     return [form for form in every if spilled[form] <= max(FEW, min(spilled.values()))]

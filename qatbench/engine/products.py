@@ -11,7 +11,6 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -143,10 +142,9 @@ class Product:
         for warps, tiles, blocks, span in itertools.product((8, 12, 16), (1, 2), (1, 2), spans):
             if self.rows % (TILE * tiles) or warps * 32 * blocks > 1024:
                 continue
-            form = Form(warps, tiles, 1, blocks, span)
-            least = self._taken(form, columns, card)
-            slot = least - self._taken(replace(form, depth=0), columns, card)
-            most = min(1 + (self._most(form, card) - least) // slot, 16)
+            form = Form(warps, tiles, 0, blocks, span)
+            free = self._most(form, card) - self._taken(form, columns, card)
+            most = min(free // self._spans_bytes(form), 16)
             # Where kernels share a multiprocessor, to ask for less early can be better.
             depths = (most, most // 2) if packed and blocks == 2 and span == spans[0] else (most,)
             found += [replace(form, depth=depth) for depth in depths if depth > 1]
@@ -174,15 +172,19 @@ class Product:
     def _taken(self, form: Form, columns: int, card: Card) -> int:
         """Bytes of dynamic shared memory of a block: spans on their way, sums, inputs."""
         w = self.weight
-        slot = 4 * 512
-        if isinstance(w, Packed):
-            scales = (1 if w.zeros is None else 2) * form.span // w.group * _SCALES
-            slot = form.span // CHUNK * 512 + scales
-        ring = form.warps * form.depth * form.tiles * slot
+        ring = form.depth * self._spans_bytes(form)
         units = self._round(form, columns, card)
         sums = (units + form.warps) * _sums(form.tiles, columns) + -(-units // 4) * 16
         groups = self.width // w.group if isinstance(w, Packed) else 0
         return ring + sums + (2 * self.width + 8 * groups if columns == 1 else 0)
+
+    def _spans_bytes(self, form: Form) -> int:
+        """Bytes of a span of every warp of a block, in shared memory."""
+        w, slot = self.weight, 4 * 512
+        if isinstance(w, Packed):
+            scales = (1 if w.zeros is None else 2) * form.span // w.group * _SCALES
+            slot = form.span // CHUNK * 512 + scales
+        return form.warps * form.tiles * slot
 
     def _blocks(self, form: Form, card: Card) -> int:
         return min(card.multiprocessors, self.rows // (TILE * form.tiles))
@@ -198,10 +200,6 @@ class Product:
         """A form, ready to be launched."""
         shared = self.shared(form, columns, Card.current())
         return cuda.kernel("linear.cu", "linear", shared=shared, **self._defines(form, columns))
-
-    def compile(self, form: Form, columns: int) -> None:
-        """Compile a form into the cache."""
-        cuda.binary("linear.cu", self._defines(form, columns), torch.cuda.get_device_capability())
 
     def _defines(self, form: Form, columns: int) -> dict[str, int]:
         w = self.weight
@@ -297,12 +295,7 @@ def dequantize(packed: Packed, out: Tensor) -> Tensor:
     return out
 
 
-# --- building and timing --------------------------------------------------------------------------
-
-
 def compile_all(wanted: Sequence[tuple[Product, Form]], columns: int) -> None:
-    """Compile several forms at once into the cache: the compiler lets other threads run."""
-    built = {str(sorted(p._defines(form, columns).items())): (p, form)
-             for p, form in wanted if form != LIBRARY}  # fmt: skip
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda one: one[0].compile(one[1], columns), built.values()))
+    """Compile several forms into the cache."""
+    own = [(product, form) for product, form in wanted if form != LIBRARY]
+    cuda.compile_all(("linear.cu", product._defines(form, columns)) for product, form in own)

@@ -36,7 +36,7 @@ def attentions(fused: Fused, rows: int) -> list[Attention]:
     """All that can run and may be the fastest; the first one is a good guess."""
     s, card = fused.decoder.sizes, Card.current().multiprocessors
     found = []
-    for heads in (n for n in (1, 2, 3, 4, 6, 8, s.group) if s.group % n == 0 and n <= s.group):
+    for heads in sorted({n for n in (1, 2, 3, 4, 6, 8, s.group) if s.group % n == 0}):
         at_least = rows * s.kv_heads * s.group // heads
         splits = [n for n in (8, 4, 2, 1) if 2 * n * at_least <= 5 * card] or [1]
         if torch.cuda.get_device_capability() < cuda.OVERLAPS:
@@ -44,7 +44,7 @@ def attentions(fused: Fused, rows: int) -> list[Attention]:
         shapes = [(2, 4, 4), (4, 4, 3), (4, 8, 2), (8, 8, 2)] if heads == 1 else [
             (2, 4, 2), (1, 4, 2), (2, 4, 1), (1, 4, 1)]  # fmt: skip
         found += [Attention(n, heads, *shape) for n in splits[:2] for shape in shapes]
-    return list(dict.fromkeys(found))
+    return found
 
 
 @dataclass
@@ -121,19 +121,15 @@ class Step:
     def attention_kernel(self, form: Attention, norms: bool) -> cuda.Kernel:
         """Attention in a form."""
         shared = form.staged * self._warps(form) * 32 * _STAGED
-        defines = self._attention_defines(form, norms)
+        defines = self.attention_defines(form, norms)
         return cuda.kernel("attention.cu", "attention", shared=shared, **defines)
-
-    def compile_attention(self, form: Attention, norms: bool) -> None:
-        """Compile it into the cache."""
-        defines = self._attention_defines(form, norms)
-        cuda.binary("attention.cu", defines, torch.cuda.get_device_capability())
 
     def _warps(self, form: Attention) -> int:
         """Of a block of attention: their sums fit into shared memory."""
         return 8 if form.heads * self.fused.decoder.sizes.head <= 1024 else 4
 
-    def _attention_defines(self, form: Attention, norms: bool) -> dict[str, int]:
+    def attention_defines(self, form: Attention, norms: bool) -> dict[str, int]:
+        """What its source is compiled with."""
         s = self.fused.decoder.sizes
         return {
             "D": s.head, "G": form.heads, "HEADS": s.group, "WARPS": self._warps(form),
@@ -157,13 +153,9 @@ class Step:
         if self.graph is None:
             state = (self.token, self.count, self.cache.filled, self.cache.turned)
             before = [tensor.clone() for tensor in state]
-            self.launch()  # every kernel is loaded before the capture
-            torch.cuda.synchronize()
+            self.graph = cuda.captured(self.launch)  # launched once, for kernels to be loaded
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.launch()
         for _ in range(steps):
             self.graph.replay()
 
@@ -175,6 +167,5 @@ def first_guess(fused: Fused, rows: int) -> Chosen:
     for alike in fused.kinds(rows).values():
         forms = alike[0].forms(rows, card)
         wished = (form for form in forms if (form.warps, form.tiles, form.blocks) == (16, 1, 2))
-        products |= {id(product): next(wished, forms[-1]) for product in alike[:1]}
-        products |= {id(product): products[id(alike[0])] for product in alike}
+        products |= dict.fromkeys(map(id, alike), next(wished, forms[-1]))
     return Chosen(products, attentions(fused, rows)[0])

@@ -72,3 +72,10 @@ def pack(
         return find(str(out))
 
     return cache(one)
+
+
+@pytest.fixture(name="cache")
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache for each test; where the kernels lie in it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "qatbench" / "kernels"

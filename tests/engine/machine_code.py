@@ -1,11 +1,28 @@
-"""What a cubin says about its functions: registers and stack of a thread."""
+"""NVRTC, if it is here; what a cubin says of its functions: registers and stack of a thread."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
 
+import pytest
+
+from qatbench.engine import cuda
+from qatbench.errors import PrerequisiteError
+
 REGISTERS, FRAME = 0x2F, 0x11  # EIATTR_REGCOUNT, EIATTRFRAME_SIZE in `cuobjdump -elf`
+
+
+def _missing() -> str:
+    try:
+        cuda._done(cuda._binding("nvrtc").nvrtcVersion())
+    except (PrerequisiteError, RuntimeError) as error:  # no bindings; bindings without the library
+        return f"NVRTC is not here: {error}"
+    return ""
+
+
+without = _missing()
+needs_nvrtc = pytest.mark.skipif(bool(without), reason=without or "NVRTC is here")
 
 
 def attribute(image: bytes, kind: int) -> list[int]:

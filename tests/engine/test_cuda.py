@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from machine_code import needs_nvrtc
 
 from qatbench.engine import cuda
 from qatbench.engine.products import LOGITS, STORE
@@ -17,23 +18,7 @@ from qatbench.errors import PrerequisiteError
 AMPERE, HOPPER = (8, 0), (9, 0)
 
 
-def _missing() -> str:
-    try:
-        cuda._done(cuda._binding("nvrtc").nvrtcVersion())
-    except (PrerequisiteError, RuntimeError) as error:  # no bindings; bindings without the library
-        return f"NVRTC is not here: {error}"
-    return ""
-
-
-without = _missing()
-needs_nvrtc = pytest.mark.skipif(bool(without), reason=without or "NVRTC is here")
-
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache for each test; where the kernels lie in it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "qatbench" / "kernels"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qatbench import store
-from qatbench.engine import forms
+from qatbench.engine import cuda, forms
 from qatbench.engine.products import (
     LIBRARY,
     LOGITS,
@@ -51,8 +51,9 @@ class Step:
             found.setdefault(product.kind(rows), []).append(product)
         return found
 
-    def compile_attention(self, form: Attention, norms: bool) -> None:
+    def attention_defines(self, form: Attention, norms: bool) -> dict[str, int]:
         assert not norms
+        return {}
 
     def attention_kernel(self, form: Attention, norms: bool) -> Any:
         return SimpleNamespace(spilled=400 if form.unroll == 4 else 0)
@@ -74,7 +75,7 @@ def search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A search without kernels; the file where it keeps what it found."""
     monkeypatch.setattr(Card, "current", lambda: HOPPER)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(forms, "compile_all", lambda wanted, columns: None)
+    monkeypatch.setattr(cuda, "binary", lambda source, defines, capability: b"")
     monkeypatch.setattr(Product, "build", spilled)
     monkeypatch.setattr(forms, "_seconds", lambda step, layers: step.seconds())
     monkeypatch.setattr(forms, "_file", lambda: tmp_path / "forms.json")

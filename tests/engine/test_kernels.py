@@ -20,13 +20,12 @@ from typing import Any
 
 import pytest
 import torch
-from machine_code import FRAME, REGISTERS, attribute
+from machine_code import FRAME, REGISTERS, attribute, needs_nvrtc
 
 from qatbench.engine import cuda
 from qatbench.engine.products import LIBRARY, LOGITS, RESIDUAL, STORE, SWIGLU, Card, Form, Product
 from qatbench.engine.step import Attention, Step, attentions
 from qatbench.engine.weights import Packed
-from qatbench.errors import PrerequisiteError
 
 AMPERE, SMALL, HOPPER = (8, 0), (8, 9), (9, 0)
 CARDS = {AMPERE: Card(108, 164 << 10), SMALL: Card(34, 100 << 10), HOPPER: Card(132, 228 << 10)}
@@ -36,23 +35,7 @@ MEASURED = Path(__file__).resolve().parents[2] / "results" / "engine" / "llava.j
 Case = tuple[str, dict[str, int], tuple[int, int]]  # source, defines, compute capability
 
 
-def _missing() -> str:
-    try:
-        cuda._done(cuda._binding("nvrtc").nvrtcVersion())
-    except (PrerequisiteError, RuntimeError) as error:  # no bindings; bindings without the library
-        return f"NVRTC is not here: {error}"
-    return ""
-
-
-without = _missing()
-needs_nvrtc = pytest.mark.skipif(bool(without), reason=without or "NVRTC is here")
-
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache for each test; where the kernels lie in it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "qatbench" / "kernels"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 # --- what a kernel takes of a thread's stack, read from its machine code --------------------------
