@@ -212,14 +212,19 @@ def _overlapping() -> Any:
     return attribute
 
 
-def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """What a function launches, as a graph."""
-    run()
+def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """What a function launches, as a graph; its kernels have to be loaded."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
     return graph
+
+
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """The same after running it once, for kernels to be loaded."""
+    run()
+    return capture(run)
 
 
 def seconds_of(graph: torch.cuda.CUDAGraph, times: int = 1) -> float:

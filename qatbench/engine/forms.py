@@ -2,15 +2,17 @@
 
 How fast a kernel is depends on its neighbours: it starts while the one before it ends, in what room
 that one leaves, and reads at its cost. So forms are compared in a step of the model itself, one
-kind of kernel after the other: all, then the best with more or less of a lead for the next kernel,
-then the best of these. What is found is kept in the cache folder by device name.
+kind of kernel after the other: all, then the best with more or less of a lead for the next kernel
+(attention also with more or less brought near), then the best of these. What is found is kept in
+the cache folder by device name.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from qatbench.engine.step import Attention, Chosen, Step, attentions
 LAYERS = 12  # of a step that is timed
 STEPS, REPEATS = 8, 3
 AGAIN = 4  # of each kind, that are compared again
+NEAR = (0, 2, 4, 8)  # KB, see `Attention`
 FEW = 16  # bytes a thread that may lie outside registers
 _SOURCES = ("linear.cu", "attention.cu")
 
@@ -70,40 +73,58 @@ def _told(step: Step) -> dict[str, Any]:
 def _measure(step: Step, progress: Callable[[int, int], None]) -> None:
     progress(0, 0)  # kernels are compiled first
     rows, layers = len(step.token), range(min(LAYERS, step.fused.decoder.sizes.layers))
-    kinds = list(step.fused.kinds(rows).values())
-    choices: list[tuple[Callable[[Any], None], list[Any]]] = [
-        (functools.partial(_take_form, step, alike), _without_spills(alike[0], rows))
-        for alike in kinds
-    ]
-    attentions = functools.partial(_take_attention, step), _attentions_without_spills(step, rows)
-    choices.insert(1, attentions)
-    turns = (list, _with_leads, list)
-    total, done = sum(len(forms) for _, forms in choices) * len(turns), 0  # less after the first
-    for turn in turns:
-        for i, (take, forms) in enumerate(choices):
+    kinds = [
+        _Kind(
+            functools.partial(_take_form, step, alike), _without_spills(alike[0], rows),
+            functools.partial(_led, earliest=alike[0].leads),
+        )
+        for alike in step.fused.kinds(rows).values()
+    ]  # fmt: skip
+    forms = _attentions_without_spills(step, rows)
+    kinds.insert(1, _Kind(functools.partial(_take_attention, step), forms, _later))
+    done, total = 0, sum(map(_most, kinds))
+    for turn in (lambda kind: kind.forms, _Kind.varied, lambda kind: kind.forms):
+        for kind in kinds:
             times = {}
-            for form in turn(forms):
+            for form in turn(kind):
                 progress(done, total)
                 done += 1
-                take(form)
+                kind.take(form)
                 times[form] = _seconds(step, layers)
             best = sorted(times, key=lambda form: times[form])
-            take(best[0])
-            choices[i] = take, best[:AGAIN]
+            kind.take(best[0])
+            kind.forms = best[:AGAIN]
     progress(total, total)
 
 
-def _with_leads(forms: list[Any]) -> list[Any]:
-    """The same, and with the next kernel starting later."""
-    found: list[Any] = []
-    for form in forms:
-        found.append(form)
-        if isinstance(form, Attention):
-            found.append(replace(form, late=True))
-        elif form != LIBRARY:
-            leads = {1, form.depth // 2, form.depth, 2 * form.depth}
-            found += [replace(form, lead=lead) for lead in sorted(leads - {0})]
-    return found
+@dataclass
+class _Kind:
+    """Kernels that share a form."""
+
+    take: Callable[[Any], None]
+    forms: list[Any]  # that are compared
+    vary: Callable[[Any], list[Any]]  # a form, and with other starts of the next kernel
+
+    def varied(self) -> list[Any]:
+        return [one for form in self.forms for one in self.vary(form)]
+
+
+def _most(kind: _Kind) -> int:
+    """Measurements in all turns; some fewer where the best forms vary less than others."""
+    kept = min(len(kind.forms), AGAIN)
+    return len(kind.forms) + kept * max(len(kind.vary(form)) for form in kind.forms) + AGAIN
+
+
+def _led(form: Form, earliest: int) -> list[Form]:
+    if form == LIBRARY:
+        return [form]
+    leads = {*range(earliest, 2), form.depth // 2, form.depth, 2 * form.depth}
+    return [replace(form, lead=lead) for lead in sorted(leads)]
+
+
+def _later(form: Attention) -> list[Attention]:
+    both = itertools.product((False, True), NEAR)
+    return [replace(form, late=late, near=near) for late, near in both]
 
 
 def _take_form(step: Step, alike: list[Product], form: Form) -> None:

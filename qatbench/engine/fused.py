@@ -138,7 +138,7 @@ class Fused:
         head = decoder.head.weight.data
         if short := -len(head) % TILE:  # the last tile is filled up; nobody looks there
             head = F.pad(head, (0, 0, 0, short))
-        self.head = Product(head, LOGITS, None, False)
+        self.head = Product(head, LOGITS, None, not self._whole())
 
     def _layer(self, index: int, layer: Any, packed: dict[str, Affine]) -> Layer:
         joined = [self._join(index, layer, part, names, packed) for part, names in JOINED]
@@ -146,7 +146,7 @@ class Fused:
         if inner_bias is not None:
             raise UsageError("gate and up with a bias are not supported by the engine",
                              hint="--engine transformers")  # fmt: skip
-        whole = self.decoder.sizes.hidden // TILE >= Card.current().multiprocessors
+        whole = self._whole()
         norms = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
         q_norm, k_norm = (None if norm is None else norm.weight.data for norm in norms)
         return Layer(
@@ -155,6 +155,10 @@ class Fused:
             layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data,
             q_norm, k_norm,
         )  # fmt: skip
+
+    def _whole(self) -> bool:
+        """Whether products of hidden outputs have a block for every multiprocessor."""
+        return self.decoder.sizes.hidden // TILE >= Card.current().multiprocessors
 
     def _join(
         self, index: int, layer: Any, part: str, names: tuple[str, ...], packed: dict[str, Affine]

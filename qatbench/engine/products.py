@@ -55,7 +55,7 @@ class _Weights(ctypes.Structure):
 class _Output(ctypes.Structure):
     _fields_ = (
         ("out", ctypes.c_void_p), ("squares", ctypes.c_void_p), ("eps", ctypes.c_float),
-        ("width", ctypes.c_float), ("bias", ctypes.c_void_p), ("weight", ctypes.c_void_p),
+        ("per_input", ctypes.c_float), ("bias", ctypes.c_void_p), ("weight", ctypes.c_void_p),
         ("scaled", ctypes.c_void_p), ("next", ctypes.c_void_p),
     )  # fmt: skip
 
@@ -69,9 +69,11 @@ class Form:
     depth: int  # spans on their way a warp
     blocks: int  # that fit into a multiprocessor
     span: int  # inputs that a warp takes at once
-    lead: int = 0  # spans that a warp has left when the next kernel may start; 0: it may at once
+    lead: int = 0  # spans that a warp has left when the next kernel may start; or one of these:
 
 
+WITH_INPUT, AT_ONCE = 0, -1
+"""Leads: the next kernel may start when this one's input is there, or with this one."""
 LIBRARY = Form(0, 0, 0, 0, 0)
 """torch's dense product, with a launch of its own for what comes after."""
 
@@ -119,6 +121,15 @@ class Product:
     def outputs(self) -> int:
         """Numbers that come out for a column."""
         return self.rows // 2 if self.epilogue == SWIGLU else self.rows
+
+    @property
+    def leads(self) -> int:
+        """The earliest start that it may give the next kernel.
+
+        A residual reads what it adds to when it starts: the one before it has to have ended, so gate
+        and up, between them, give no start before their input is there.
+        """
+        return WITH_INPUT if self.epilogue == SWIGLU else AT_ONCE
 
     def bytes(self) -> int:
         """Of the weight."""
@@ -186,12 +197,15 @@ class Product:
             slot = form.span // CHUNK * 512 + scales
         return form.warps * form.tiles * slot
 
+    def _units(self, form: Form) -> int:
+        return self.rows // (TILE * form.tiles)
+
     def _blocks(self, form: Form, card: Card) -> int:
-        return min(card.multiprocessors, self.rows // (TILE * form.tiles))
+        return min(card.multiprocessors, self._units(form))
 
     def _round(self, form: Form, columns: int, card: Card) -> int:
         """Units that a block has sums for at once: all of its own, or equal parts of them."""
-        units = -(-self.rows // (TILE * form.tiles * self._blocks(form, card)))
+        units = -(-self._units(form) // self._blocks(form, card))
         most = _SUMS // _sums(form.tiles, columns) - form.warps
         most = max(1, min(most, 32 * form.warps))  # a thread looks up who shares a unit
         return -(-units // -(-units // most))
@@ -226,7 +240,7 @@ class Product:
             after: RESIDUAL only.
         """
         output = _Output(
-            out.data_ptr(), _address(squares), eps, self.width, _address(self.bias),
+            out.data_ptr(), _address(squares), eps, 1 / self.width, _address(self.bias),
             *((_address(t) for t in (after.weight, after.scaled, after.squares)) if after else ()),
         )  # fmt: skip
         if form == LIBRARY:
@@ -236,8 +250,8 @@ class Product:
         function = self.build(form, columns)
         function(
             (self._blocks(form, card),), form.warps * 32, self._c_weights(), x, output,
-            ctypes.c_int(columns), ctypes.c_int(self._round(form, columns, card)),
-            ctypes.c_int(form.lead),
+            ctypes.c_int(columns), ctypes.c_int(self._units(form) // self._blocks(form, card)),
+            ctypes.c_int(self._round(form, columns, card)), ctypes.c_int(form.lead),
         )  # fmt: skip
 
     def _by_library(self, x: Tensor, output: _Output) -> None:

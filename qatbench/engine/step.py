@@ -15,9 +15,16 @@ from qatbench.engine import cuda
 from qatbench.engine.decoder import Cache
 from qatbench.engine.fused import Fused, Layer
 from qatbench.engine.products import Card, Form, NextNorm
+from qatbench.engine.weights import Packed
 
 _CHOOSERS = 32  # blocks a row that look for the likeliest token
 _STAGED = 32  # bytes of shared memory for a key and a value of a lane
+_PIECE = 16 << 10  # bytes
+_AT_ONCE = 8  # steps that are a graph of their own: between graphs the device idles
+
+
+class _Later(ctypes.Structure):
+    _fields_ = (("from", ctypes.c_void_p), ("pieces", ctypes.c_uint), ("take", ctypes.c_uint))
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ class Attention:
     staged: int  # keys that a lane asks for before its turn
     blocks: int  # that share a multiprocessor at least
     late: bool = False  # the next kernel may start only when keys and values have come
+    near: int = 0  # of 16 KB of what gate and up will read, those that are brought near, in KB
 
 
 def attentions(fused: Fused, rows: int) -> list[Attention]:
@@ -80,7 +88,7 @@ class Step:
         cos, sin = fused.decoder.rope(cache.length + 1)
         half = s.head // 2
         self.rope = torch.stack((cos[:, :half], sin[:, :half]), -1).float().contiguous()
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by steps
 
     def launch(self) -> None:
         """All kernels of a step, on the current stream."""
@@ -146,18 +154,39 @@ class Step:
             self.rope, cache.filled, cache.start, cache.turned, layer.q_norm, layer.k_norm,
             ctypes.c_float(s.eps), self.seen, ctypes.c_int(cache.length),
             ctypes.c_float(math.log2(math.e) / math.sqrt(s.head)), ctypes.c_int(form.late),
+            _later(layer, form.near),
         )  # fmt: skip
 
     def replay(self, steps: int) -> None:
-        """Go on by some tokens; the first call captures."""
-        if self.graph is None:
+        """Go on by some tokens; the first calls capture."""
+        for many in (_AT_ONCE, 1):
+            for _ in range(steps // many):
+                self._graph(many).replay()
+            steps %= many
+
+    def _graph(self, steps: int) -> torch.cuda.CUDAGraph:
+        """Of some steps; the first call captures it."""
+        if steps not in self.graphs:
             state = (self.token, self.count, self.cache.filled, self.cache.turned)
             before = [tensor.clone() for tensor in state]
-            self.graph = cuda.captured(self.launch)  # launched once, for kernels to be loaded
+            self.launch()  # for kernels to be loaded
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
-        for _ in range(steps):
-            self.graph.replay()
+
+            def run() -> None:
+                for _ in range(steps):
+                    self.launch()
+
+            self.graphs[steps] = cuda.capture(run)
+        return self.graphs[steps]
+
+
+def _later(layer: Layer, near: int) -> _Later:
+    """What attention brings near for gate and up."""
+    weight = layer.gate_up.weight
+    words = weight.words if isinstance(weight, Packed) else weight
+    pieces = words.numel() * words.element_size() // _PIECE if near else 0
+    return _Later(words.data_ptr(), pieces, near << 10)
 
 
 def first_guess(fused: Fused, rows: int) -> Chosen:

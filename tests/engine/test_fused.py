@@ -242,6 +242,28 @@ def test_attention_is_the_same_in_all_forms(family: str) -> None:
         assert (logits - found[0]).abs().max() < 0.05 * found[0].std()
 
 
+@pytest.mark.parametrize("family", ["llama-128", "qwen2"])
+@pytest.mark.parametrize("packed", [False, True], ids=["bf16", "int4"])
+def test_it_does_not_matter_when_the_next_kernel_starts(family: str, packed: bool) -> None:
+    reference = loaded_of(family)
+    fast = FastRunner(loaded_of(family), int4(reference) if packed else None)
+    step = fast.start(prompts(700), 24).state.step
+    products = {id(p): p for alike in step.fused.kinds(1).values() for p in alike}
+    chosen, first = dict(step.chosen.products), step.chosen.attention
+    found = []
+    starts = ((0, False, 0), (-1, False, 16), (-1, True, 2), (1, True, 0), (99, False, 4))
+    for lead, late, near in starts:
+        for key, form in chosen.items():
+            own = max(lead, products[key].leads)
+            step.chosen.products[key] = form if form == LIBRARY else replace(form, lead=own)
+        step.chosen.attention = replace(first, late=late, near=near)
+        for _ in range(5):  # one after the other, as in a graph
+            step.launch_layers(range(3))
+        found.append(step.logits.clone())
+    for logits in found[1:]:
+        assert (logits - found[0]).abs().max() < 1e-3 * found[0].std()
+
+
 def test_forms_are_measured_once_and_change_no_state(
     monkeypatch: pytest.MonkeyPatch, few_forms: None
 ) -> None:

@@ -294,21 +294,24 @@ return __funnelshift_r(word, word, bits); ... lop3.b32 %0, %1, 0x003C003C, 0x420
 at = (size_t)unit * MT * (W.K / SPAN) + span; ... scale = at * GROUPS_A_SPAN * 8 + lane / 4; return
 Source{W.words + at * LOADS * 32 + lane, W.scales + scale, W.zeros + scale, span}; ...
 copy_async(&slot.w[m][i][lane], s.words + (size_t)(m * spans * LOADS + i) * 32); ... const int at =
-(m * spans * GROUPS_A_SPAN + i) * 8; ... = in.x[n][i * 4]; ... four = slot.w[m][i / 2][lane]; ... {i
-% 2 ? four.z : four.x, i % 2 ? four.w : four.y}; ... __byte_perm(pair, 0, 0x1010) | 0x80008000u; ...
-__byte_perm(pair, 0, 0x3232) | 0x80008000u; ... upper = 0xC220C220u, lower = 0xC220C220u; ... v =
-turned(w, 8); const u32 a[4] = {half_256(w), half_16(w), half_256(v), half_16(v)}; ... {raised(w),
-raised(turned(w, 4)), raised(turned(w, 8)), raised(turned(w, 12))}; ... integers(w, upper),
-integers(turned(w, 4), lower), integers(turned(w, 8), upper), integers(turned(w, 12), lower)}; ...
-b0 = j ? b[n].z : b[n].x, b1 = j ? b[n].w : b[n].y; ... mma(less[c][m][n], upper, lower, upper,
-lower, b0, b1); ... half_low(pair) * x.y, half_high(pair) * x.y ... {(low(zero) + 224.f) * x.x,
-(high(zero) - 16.f) * x.x}; ... {264.f * x.x, 24.f * x.x}; ... to.of[m][lane / 4] = acc[m][n][0],
-to.of[m][lane / 4 + 8] = acc[m][n][1]; ... (const float*)&sums[unit + w].of[m][n / 8][g * 4 + n % 8
-/ 2] + n % 2; ... for (int l = GROUP / 16; l; l /= 2) ... exponent = max(__float_as_uint(most) >>
-23, 15u); ... times = __uint_as_float(268 - exponent << 23); ... divided_by =
-__uint_as_float(exponent - 14 << 23); ... make_float2(sum * times, divided_by); ... x +
-(size_t)min(n * 8 + lane / 4, columns - 1) * (W.K / 8) + x_lane; ... now.x[n] += span * (SPAN / 8);
-... now.groups += span * GROUPS_A_SPAN;
+(m * spans * GROUPS_A_SPAN + i) * 8; ... return first_lanes(x + at * 16, lane); ... x += spans *
+SPAN * 2, groups += spans * GROUPS_A_SPAN; ... return x[n][at]; ... x[n] += spans * (SPAN / 8); ...
+b[n] = in(n, i * 4, lane); ... four = slot.w[m][i / 2][lane]; ... {i % 2 ? four.z : four.x, i % 2 ?
+four.w : four.y}; ... __byte_perm(pair, 0, 0x1010) | 0x80008000u; ... __byte_perm(pair, 0, 0x3232) |
+0x80008000u; ... upper = 0xC220C220u, lower = 0xC220C220u; ... v = turned(w, 8); const u32 a[4] =
+{half_256(w), half_16(w), half_256(v), half_16(v)}; ... {raised(w), raised(turned(w, 4)),
+raised(turned(w, 8)), raised(turned(w, 12))}; ... integers(w, upper), integers(turned(w, 4), lower),
+integers(turned(w, 8), upper), integers(turned(w, 12), lower)}; ... b0 = j ? b[n].z : b[n].x, b1 = j
+? b[n].w : b[n].y; ... mma(less[c][m][n], upper, lower, upper, lower, b0, b1); ... half_low(pair) *
+x.y, half_high(pair) * x.y ... {(low(zero) + 224.f) * x.x, (high(zero) - 16.f) * x.x}; ... {264.f *
+x.x, 24.f * x.x}; ... to.of[m][lane / 4] = acc[m][n][0], to.of[m][lane / 4 + 8] = acc[m][n][1]; ...
+e % NT * 8 + (lane & 3) * 2 + c; ... y += sums[unit + w].of[m][lane % 16]; ... __shfl_xor_sync(~0u,
+y, 8) ... v = sums[unit + w].of[m][e % NT][lane]; ... (c ? y.y : y.x) * f, (c ? y.w : y.z) * f,
+rows, n < columns); ... for (int l = GROUP / 16; l; l /= 2) ... exponent = max(__float_as_uint(most)
+>> 23, 15u); ... times = __uint_as_float(268 - exponent << 23); ... divided_by =
+__uint_as_float(exponent - 14 << 23); ... make_float2(sum * times, divided_by); ...
+__cvta_generic_to_shared(staged + x_lane), in.groups = groups; ... x + (size_t)min(n * 8 + lane / 4,
+columns - 1) * (W.K / 8) + x_lane; ... now.go_on(span);
 """,
 }
 

@@ -2,8 +2,8 @@
 // included.
 //
 // A block takes a share of the keys of one key-value head and one row for G query heads that use it,
-// of HEADS that do; the SPLITS blocks of a head are a cluster and add up their shares through shared
-// memory. Only the filled part of the cache is read. A lane's first STAGED keys and values are on
+// of HEADS that do; the SPLITS blocks of a head are a cluster and give each other their shares through
+// shared memory, each adds up a piece of the outputs. Only the filled part of the cache is read. A lane's first STAGED keys and values are on
 // their way into shared memory before the kernel before this one has ended: they are older than it.
 //
 // Defined at compilation: D (head size, a multiple of 64), G, HEADS (a multiple of G), WARPS, UNROLL
@@ -16,6 +16,7 @@
 #define AT_ONCE (32 / LANES)  // keys of a warp
 #define STEP (WARPS * AT_ONCE)
 #define THREADS (WARPS * 32)
+#define PIECE (G * D / SPLITS)  // of the outputs of a cluster: what each block sums up
 
 __device__ __forceinline__ void unpack(float (&to)[8], uint4 v) {
     to[0] = low(v.x), to[1] = high(v.x), to[2] = low(v.y), to[3] = high(v.y);
@@ -87,26 +88,37 @@ __device__ __forceinline__ float dot(const float (&q)[8], const float (&x)[8]) {
     return s;
 }
 
-__device__ __forceinline__ float of_block(const float* shared, int rank) {
+// Write into another block of the cluster, at the place of `shared` in this one.
+__device__ __forceinline__ void give(float* shared, int rank, float v) {
 #if SPLITS > 1
     u32 at = (u32)__cvta_generic_to_shared(shared), there;
-    float v;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(there));
-    return v;
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(v) : "memory");
 #else
-    return *shared;
+    *shared = v;
 #endif
 }
 
-__device__ __forceinline__ void cluster_barrier() {
+// All blocks of a cluster, in two halves: what was given before it is there after it.
+__device__ __forceinline__ void arrive() {
 #if SPLITS > 1
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_cluster() {
+#if SPLITS > 1
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
     __syncthreads();
 #endif
 }
+
+// What a later kernel will read: while this one waits more than it reads, memory has time for it.
+struct Later {
+    const unsigned char* from;
+    u32 pieces, take;  // of so many pieces of 16 KB the first so many bytes
+};
+#define PIECE_BYTES 16384
 
 // grid (SPLITS, key-value heads * HEADS / G, rows)
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -123,13 +135,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const u16* q_norm, const u16* k_norm, float eps,
         u16* out,                // [rows][H * D]
         int length, float scale,
-        int late) {              // the next kernel may start only when keys and values have come
+        int late,                // the next kernel may start only when keys and values have come
+        Later later) {
     const int split = blockIdx.x, row = blockIdx.z, heads = gridDim.y / (HEADS / G);
     const int head = blockIdx.y / (HEADS / G), query = blockIdx.y * G;  // the first of G
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const int sub = lane / LANES, part = lane % LANES;
     __shared__ float sums[WARPS][G][D], maxima[WARPS][G], weights[WARPS][G];
-    __shared__ float mine[G][D], most_of[G], weight_of[G];
+    __shared__ float pieces[SPLITS][PIECE], most_of[SPLITS][G], weight_of[SPLITS][G];
+    arrive();  // this block has started: others may write into it
 
     const int end = filled[row], first = start[row];  // old keys
     const int share = (end - first + SPLITS - 1) / SPLITS;
@@ -158,6 +172,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     end_of_copies();
     wait_for_prior();
     if (!late) start_dependents();
+    const u32 block = (blockIdx.z * gridDim.y + blockIdx.y) * SPLITS + split;
+    const u32 threads = gridDim.z * gridDim.y * SPLITS * THREADS;
+    // Neighbouring pieces are asked for by different blocks.
+    for (u32 i = threadIdx.x * (threads / THREADS) + block; i < later.pieces; i += threads)
+        bring_near(later.from + (size_t)i * PIECE_BYTES, later.take);
 
     const uint4* fresh = (const uint4*)(qkv + (size_t)row * (HEADS + 2) * heads * D);
     Sums s = {};
@@ -170,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
         for (int i = 0; i < 8; ++i) q[g][i] *= scale;
     }
-    if (split == 0 && warp == 0) {  // the new key
+    if (split == SPLITS - 1 && warp == WARPS - 1) {  // the new key: they have the fewest old ones
         float x[8];
         unpack(x, fresh[(HEADS * heads + head) * LANES + part]);
 #if HEADNORM
@@ -256,6 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         if (lane == 0) maxima[warp][g] = most, weights[warp][g] = total;
     }
     __syncthreads();
+    if (SPLITS > 1) wait_for_cluster();
     for (int e = threadIdx.x; e < G * D; e += THREADS) {  // the warps of a block
         const int g = e / D, d = e % D;
         float most = -1e30f, weight = 0.f, sum = 0.f;
@@ -266,27 +286,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const float shrink = exp2f(maxima[w][g] - most);
             weight += weights[w][g] * shrink, sum += sums[w][g][d] * shrink;
         }
-        mine[g][d] = sum;
-        if (d == 0) most_of[g] = most, weight_of[g] = weight;
+        give(&pieces[split][e % PIECE], e / PIECE, sum);
+        if (d < SPLITS) give(&most_of[split][g], d, most), give(&weight_of[split][g], d, weight);
     }
-    cluster_barrier();
-    for (int e = split * THREADS + threadIdx.x; e < G * D; e += SPLITS * THREADS) {  // the blocks
-        const int g = e / D, d = e % D;
-        float top[SPLITS], most = -1e30f, weight = 0.f, sum = 0.f;
+    arrive();
+    wait_for_cluster();
+    for (int e = threadIdx.x; e < PIECE; e += THREADS) {  // the blocks of a cluster
+        const int g = (split * PIECE + e) / D;
+        float most = -1e30f, weight = 0.f, sum = 0.f;
+#pragma unroll
+        for (int r = 0; r < SPLITS; ++r) most = fmaxf(most, most_of[r][g]);
 #pragma unroll
         for (int r = 0; r < SPLITS; ++r) {
-            top[r] = of_block(&most_of[g], r);
-            most = fmaxf(most, top[r]);
+            const float shrink = exp2f(most_of[r][g] - most);
+            weight += weight_of[r][g] * shrink, sum += pieces[r][e] * shrink;
         }
-#pragma unroll
-        for (int r = 0; r < SPLITS; ++r) {
-            const float shrink = exp2f(top[r] - most);
-            weight += of_block(&weight_of[g], r) * shrink;
-            sum += of_block(&mine[g][d], r) * shrink;
-        }
-        out[((size_t)row * heads * HEADS + query) * D + e] = to_bf16(sum / weight);
+        out[((size_t)row * heads * HEADS + query) * D + split * PIECE + e] = to_bf16(sum / weight);
     }
-#if SPLITS > 1
-    cluster_barrier();  // nobody leaves while his share is read
-#endif
 }

@@ -83,6 +83,15 @@ __device__ __forceinline__ void mma(
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// From shared memory, by the first four lanes alone; what the others get is anything.
+__device__ __forceinline__ uint4 first_lanes(u32 from, int lane) {
+    uint4 v;
+    asm volatile(
+        "{.reg .pred p; setp.lt.s32 p, %5, 4; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];}"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from), "r"(lane));
+    return v;
+}
+
 // Into shared memory, without waiting for it: 16 bytes past the first cache, or 4.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
     const u32 at = (u32)__cvta_generic_to_shared(to);
@@ -96,6 +105,12 @@ __device__ __forceinline__ void copy_word(void* to, const void* from) {
 __device__ __forceinline__ void end_of_copies() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
+// Into the second cache: a multiple of 16 bytes in a row.
+__device__ __forceinline__ void bring_near(const void* from, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
 template <int N>
 __device__ __forceinline__ void wait_for_copies() {  // all but the last N groups
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
@@ -105,6 +120,12 @@ __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
     for (int i = 16; i; i /= 2) v += __shfl_xor_sync(~0u, v, i);
     return v;
+}
+
+// A parameter is read here, where there is time, and not only where it is used.
+template <typename T>
+__device__ __forceinline__ void at_hand(T* parameter) {
+    asm volatile("" ::"l"(parameter));
 }
 
 // The kernel after this one may start once all blocks of this one are past their wait, if there is
@@ -131,7 +152,7 @@ __device__ __forceinline__ void wait_for_prior() {
 struct Output {
     void* out;
     const double* squares;  // [column]: of the input, whose norm is still to be applied; or null
-    float eps, width;      // of that norm
+    float eps, per_input;  // of that norm; 1 / inputs
     const u16* bias;       // [row], or null
     const u16* weight;     // RESIDUAL: of the next norm
     u16* scaled;           // RESIDUAL
@@ -139,29 +160,28 @@ struct Output {
 };
 
 #ifdef EPILOGUE
-#ifndef SINGLE
-#define SINGLE 0
-#endif
 
 // What was there before: two rows' biases; for RESIDUAL their numbers and the next norm's weights.
+// Row g is in the lower half, row g + 8 in the upper one.
 struct Before {
-    u16 bias[2], x[2], weight[2];
+    u32 bias, x, weight;
 };
+__device__ __forceinline__ u32 both(const u16* of) { return of[0] | (u32)of[8] << 16; }
 __device__ __forceinline__ Before before(const Output& o, int tile, int g, int n, int rows) {
     Before b = {};
 #if EPILOGUE != SWIGLU
     const int row = tile * 16 + g;
-    if (o.bias) b.bias[0] = o.bias[row], b.bias[1] = o.bias[row + 8];
+    if (o.bias) b.bias = both(o.bias + row);
 #if EPILOGUE == RESIDUAL
-    const u16* x = (const u16*)o.out + (size_t)n * rows + row;
-    b.x[0] = x[0], b.x[1] = x[8], b.weight[0] = o.weight[row], b.weight[1] = o.weight[row + 8];
+    b.x = both((const u16*)o.out + (size_t)n * rows + row), b.weight = both(o.weight + row);
 #endif
 #endif
     return b;
 }
 
-// Rows g and g + 8 of a tile (SWIGLU: row g of both halves), column n. Eight lanes side by side have
-// the eight g of one tile and column; lanes that are not `on` repeat another's work.
+// Rows g and g + 8 of a tile (SWIGLU: row g of both halves), column n. Lanes BETWEEN apart have the
+// eight g of one tile and column; lanes that are not `on` only take part.
+template <int BETWEEN>
 __device__ __forceinline__ void finish(
     const Output& o, const Before& b, int tile, int g, int n, float upper, float lower, int rows,
     bool on) {
@@ -171,22 +191,22 @@ __device__ __forceinline__ void finish(
 #else
     const int row = tile * 16 + g;
     const size_t to = (size_t)n * rows + row;
-    if (o.bias) upper += from_bf16(b.bias[0]), lower += from_bf16(b.bias[1]);
+    if (o.bias) upper += low(b.bias), lower += high(b.bias);
 #if EPILOGUE == LOGITS
     if (on) ((float*)o.out)[to] = upper, ((float*)o.out)[to + 8] = lower;
 #elif EPILOGUE == RESIDUAL
-    const u16 first = to_bf16(from_bf16(b.x[0]) + upper);
-    const u16 second = to_bf16(from_bf16(b.x[1]) + lower);
+    const u16 first = to_bf16(low(b.x) + upper);
+    const u16 second = to_bf16(high(b.x) + lower);
     const float u = from_bf16(first), v = from_bf16(second);
     float square = on ? u * u + v * v : 0.f;
 #pragma unroll
-    for (int i = SINGLE ? 16 : 4; i; i /= 2) square += __shfl_xor_sync(~0u, square, i);
-    if (SINGLE ? threadIdx.x % 32 == 0 : on && g == 0) atomicAdd(o.next + n, (double)square);
+    for (int i = 1; i < 8; i *= 2) square += __shfl_xor_sync(~0u, square, i * BETWEEN);
+    if (on && g == 0) atomicAdd(o.next + n, (double)square);
     if (on) {
         u16* x = (u16*)o.out;
         x[to] = first, x[to + 8] = second;
-        o.scaled[to] = to_bf16(u * from_bf16(b.weight[0]));
-        o.scaled[to + 8] = to_bf16(v * from_bf16(b.weight[1]));
+        o.scaled[to] = to_bf16(u * low(b.weight));
+        o.scaled[to + 8] = to_bf16(v * high(b.weight));
     }
 #else
     if (on) ((u16*)o.out)[to] = to_bf16(upper), ((u16*)o.out)[to + 8] = to_bf16(lower);

@@ -120,10 +120,26 @@ __device__ __forceinline__ void fetch(Slot& slot, Source& s, int K, int lane) {
 #endif
 }
 
-// A span of the input: a lane's first vectors; if SINGLE in shared memory.
+// A span of the input. If SINGLE it is in shared memory, and only lanes with g = 0 read it: they have
+// the first column of the right operand, and what is in the other seven matters to nobody.
 struct Input {
-    const uint4* x[NT];
-    const float2* groups;  // SINGLE, BITS 4: the sum of x over a group, and what x was divided by
+#if SINGLE
+    u32 x;                 // a lane's first vector
+    const float2* groups;  // BITS 4: the sum of x over a group, and what x was divided by
+    __device__ __forceinline__ uint4 operator()(int, int at, int lane) const {
+        return first_lanes(x + at * 16, lane);
+    }
+    __device__ __forceinline__ void go_on(int spans) {
+        x += spans * SPAN * 2, groups += spans * GROUPS_A_SPAN;
+    }
+#else
+    const uint4* x[NT];    // a lane's first vectors
+    __device__ __forceinline__ uint4 operator()(int n, int at, int) const { return x[n][at]; }
+    __device__ __forceinline__ void go_on(int spans) {
+#pragma unroll
+        for (int n = 0; n < NT; ++n) x[n] += spans * (SPAN / 8);
+    }
+#endif
 };
 
 // One span of all columns: acc += W[:, span] x[span].
@@ -141,7 +157,7 @@ __device__ __forceinline__ void multiply(
             const int i = group * (GROUP / 32) + k;
             uint4 b[NT];
 #pragma unroll
-            for (int n = 0; n < NT; ++n) b[n] = in.x[n][i * 4];
+            for (int n = 0; n < NT; ++n) b[n] = in(n, i * 4, lane);
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
                 const uint4 four = slot.w[m][i / 2][lane];
@@ -226,7 +242,7 @@ __device__ __forceinline__ void multiply(
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const uint4 u = slot.w[m][2 * i][lane], v = slot.w[m][2 * i + 1][lane];
-                const uint4 b = in.x[n][i * 4];
+                const uint4 b = in(n, i * 4, lane);
                 mma(part, u.x, v.x, u.y, v.y, b.x, b.y);
                 mma(part, u.z, v.z, u.w, v.w, b.z, b.w);
             }
@@ -264,36 +280,60 @@ __device__ __forceinline__ void leave(Sums& to, float (&acc)[MT][NT][SUMS], int 
         }
 }
 
-// What a thread does at the end of a round: rows g and g + 8 of a tile of the round, column n.
-struct Item {
-    int g, tile, n;
-};
-__device__ __forceinline__ Item item(int e, int units) {
-    const int tiles = units * MT;
-    return SINGLE ? Item{e % 8, e / 8, 0} : Item{e % 8, e / 8 % tiles, e / 8 / tiles};
-}
-
 // The first and the last warp that have a share of a unit of a round.
 __device__ __forceinline__ u32 sharers(int unit, int units, int spans) {
     const int all = units * spans, from = unit * spans;
     return ((from + 1) * WARPS - 1) / all | ((from + spans) * WARPS - 1) / all << 16;
 }
 
-// Rows g and g + 8 of a tile, column n: of all warps that had a share of the unit.
-__device__ __forceinline__ float2 total(
-    const Sums* sums, u32 sharers, int unit, int m, int g, int n, int all) {
-    float2 y = make_float2(0.f, 0.f);
-    for (int w = sharers & 0xFFFF; w <= sharers >> 16; ++w) {
-        if (all < WARPS && w * all / WARPS == (w + 1) * all / WARPS) continue;  // had nothing
+// What is wanted at the end of a warp's first tile and eight columns, or only column, of a round.
+struct Early {
+    Before of[SINGLE ? 1 : 2];
+};
+__device__ __forceinline__ int column(int e, int lane, int c) {
+    return SINGLE ? 0 : e % NT * 8 + (lane & 3) * 2 + c;
+}
+__device__ __forceinline__ Early early(
+    const Output& output, int e, int begin, int lane, int rows, int columns) {
+    Early found;
+#pragma unroll
+    for (int c = 0; c < (SINGLE ? 1 : 2); ++c)
+        found.of[c] = before(
+            output, begin * MT + e / NT, SINGLE ? lane % 8 : lane / 4,
+            min(column(e, lane, c), columns - 1), rows);
+    return found;
+}
+
+// Add up what warps left of tile and eight columns e of a round, and finish it. All of a warp.
+__device__ __forceinline__ void end_of_tile(
+    const Sums* sums, u32 sharers, const Early& before, const float* factors, const Output& output,
+    int e, int begin, int lane, int rows, int columns) {
+    const int tile = e / NT, unit = tile / MT, m = tile % MT, last = sharers >> 16;
+    int w = sharers & 0xFFFF;
 #if SINGLE
-        const float* at = &sums[unit + w].of[m][g];
-        y.x += at[0], y.y += at[8];
+    // Lanes r and r + 16 have row r, of every second warp each.
+    float y = 0.f;
+    w += lane / 16;
+#pragma unroll
+    for (int j = 0; j < (WARPS + 1) / 2; ++j, w += 2)
+        if (w <= last) y += sums[unit + w].of[m][lane % 16];
+    y += __shfl_xor_sync(~0u, y, 16);
+    const float lower = __shfl_xor_sync(~0u, y, 8), f = factors[0];
+    finish<1>(output, before.of[0], begin * MT + tile, lane % 8, 0, y * f, lower * f, rows, lane < 8);
 #else
-        const float* at = (const float*)&sums[unit + w].of[m][n / 8][g * 4 + n % 8 / 2] + n % 2;
-        y.x += at[0], y.y += at[2];
-#endif
+    float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (; w <= last; ++w) {
+        const float4 v = sums[unit + w].of[m][e % NT][lane];
+        y.x += v.x, y.y += v.y, y.z += v.z, y.w += v.w;
     }
-    return y;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+        const int n = column(e, lane, c), own = min(n, columns - 1);
+        const float f = factors[own];
+        finish<4>(output, before.of[c], begin * MT + tile, lane / 4, own, (c ? y.y : y.x) * f,
+                  (c ? y.w : y.z) * f, rows, n < columns);
+    }
+#endif
 }
 
 #if SINGLE
@@ -337,12 +377,13 @@ __device__ __forceinline__ void stage(uint4* to, float2* groups, const uint4* x,
 }
 #endif
 
-// `round`: units that a block has sums for at once. `lead`: spans that a warp has left when the next
-// kernel may start and ask for weights of its own; 0: it may at once. Dynamic shared memory: WARPS *
-// DEPTH slots, sums of round + WARPS pairs, sharers of round units; if SINGLE x, and its sums over
-// groups.
+// `each`: units of a block, some have one more. `round`: units that a block has sums for at once.
+// `lead`: spans that a warp has left when the next kernel may start and ask for weights of its own; 0:
+// it may when this one's input is there, -1: at once. Dynamic shared memory: WARPS * DEPTH slots, sums
+// of round + WARPS pairs, sharers of round units; if SINGLE x, and its sums over groups.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
-    Weights W, const uint4* x, Output output, int columns, int round, int lead) {
+    Weights W, const uint4* x, Output output, int columns, int each, int round, int lead) {
+    if (lead < 0) start_dependents();
     extern __shared__ __align__(128) unsigned char memory[];
     __shared__ float factors[NT * 8];
     Slot* ring = (Slot*)memory;
@@ -350,56 +391,55 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
     u32* shared_by = (u32*)(sums + round + WARPS);
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const int spans = W.K / SPAN, all = W.rows / (16 * MT);
-    const int first = (long long)all * blockIdx.x / gridDim.x;
-    const int end = (long long)all * (blockIdx.x + 1) / gridDim.x;
+    const int more = all - each * gridDim.x;  // blocks that have one more
+    const int first = blockIdx.x * each + min((int)blockIdx.x, more);
+    const int end = first + each + ((int)blockIdx.x < more);
     Slot *const slots = ring + warp * DEPTH, *slot = slots;
     const int x_lane = lane & 3;
     Input in;
 #if SINGLE
     uint4* staged = (uint4*)(shared_by + (round + 3) / 4 * 4);
     float2* groups = (float2*)(staged + W.K / 8);
-    in.x[0] = staged + x_lane, in.groups = groups;
+    in.x = (u32)__cvta_generic_to_shared(staged + x_lane), in.groups = groups;
 #else
 #pragma unroll
     for (int n = 0; n < NT; ++n)
         in.x[n] = x + (size_t)min(n * 8 + lane / 4, columns - 1) * (W.K / 8) + x_lane;
 #endif
-    const float per_input = 1.f / output.width;
     for (int begin = first; begin < end; begin += round) {
         const int units = min(round, end - begin), share = units * spans;
-        const int from = warp * share / WARPS;
-        int left = (warp + 1) * share / WARPS - from, span = from % spans;
-        Source next = source(W, begin + from / spans, span, lane);
+        const int from = warp * share / WARPS, unit = warp * units / WARPS;
+        int left = (warp + 1) * share / WARPS - from, span = from - unit * spans;
+        Source next = source(W, begin + unit, span, lane);
 #pragma unroll 1
         for (int d = 0; d < DEPTH; ++d) {
             if (d < left) fetch(slots[d], next, W.K, lane);
             end_of_copies();
         }
         if (threadIdx.x < units) shared_by[threadIdx.x] = sharers(threadIdx.x, units, spans);
-        // What is wanted at the end and older than the kernel before this one.
-        const int items = units * MT * 8 * columns;
-        const Item one = item(min((int)threadIdx.x, items - 1), units);
-        const Before early = before(output, begin * MT + one.tile, one.g, one.n, W.rows);
+        const int tiles = units * MT * NT;
+        // It is older than the kernel before this one.
+        const Early first_tile =
+            early(output, min(warp, tiles - 1), begin, lane, W.rows, columns);
+        Sums* to = sums + unit + warp;
+        float acc[MT][NT][SUMS] = {};
+        Input now = in;
+        now.go_on(span);
+        if (left == 0) leave(*to, acc, columns, lane);  // between two that have a share of a unit
         if (begin == first) {
+            at_hand(x), at_hand(output.squares);
             wait_for_prior();
             if (lead == 0) start_dependents();
             const bool normed = output.squares && threadIdx.x < columns;
             const float square = normed ? (float)output.squares[threadIdx.x] : 0.f;
 #if SINGLE
             stage(staged, groups, x, W.K);
-#endif
-            if (threadIdx.x < NT * 8)
-                factors[threadIdx.x] = normed ? rsqrtf(square * per_input + output.eps) : 1.f;
-#if SINGLE
             __syncthreads();
 #endif
+            if (threadIdx.x < NT * 8)
+                factors[threadIdx.x] =
+                    normed ? rsqrtf(square * output.per_input + output.eps) : 1.f;
         }
-        Sums* to = sums + from / spans + warp;
-        float acc[MT][NT][SUMS] = {};
-        Input now = in;
-#pragma unroll
-        for (int n = 0; n < NT; ++n) now.x[n] += span * (SPAN / 8);
-        if (BITS == 4 && SINGLE) now.groups += span * GROUPS_A_SPAN;
         slot = slots;
         const int start_at = begin + round < end ? 0 : min(lead, left);
 #pragma unroll 1
@@ -410,9 +450,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
             if (left > DEPTH) fetch(*slot, next, W.K, lane);
             end_of_copies();
             if (++slot == slots + DEPTH) slot = slots;
-#pragma unroll
-            for (int n = 0; n < NT; ++n) now.x[n] += SPAN / 8;
-            if (BITS == 4 && SINGLE) now.groups += GROUPS_A_SPAN;
+            now.go_on(1);
             --left;
             if (++span == spans || left == 0) {
                 leave(*to++, acc, columns, lane);
@@ -420,16 +458,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
             }
         }
         __syncthreads();
-        // Eight threads a tile and column, in one group of lanes; all of a warp stay together.
-        for (int base = warp * 32; base < items; base += THREADS) {
-            const Item e = item(min(base + lane, items - 1), units);
-            const int tile = begin * MT + e.tile, unit = e.tile / MT;
-            const float2 y =
-                total(sums, shared_by[unit], unit, e.tile % MT, e.g, e.n, units * spans);
-            const float f = factors[e.n];
-            const Before b = base < THREADS ? early : before(output, tile, e.g, e.n, W.rows);
-            finish(
-                output, b, tile, e.g, e.n, y.x * f, y.y * f, W.rows, base + lane < items);
+        for (int e = warp; e < tiles; e += WARPS) {
+            if (e % NT * 8 >= columns) continue;
+            const Early before =
+                e == warp ? first_tile : early(output, e, begin, lane, W.rows, columns);
+            end_of_tile(
+                sums, shared_by[e / (MT * NT)], before, factors, output, e, begin, lane, W.rows,
+                columns);
         }
         if (begin + round < end) __syncthreads();  // sums were read
     }

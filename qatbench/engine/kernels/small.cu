@@ -45,8 +45,8 @@ extern "C" __global__ void __launch_bounds__(256) after(const u16* y, Output out
 #endif
     y += (size_t)n * rows;
     const float f =
-        output.squares ? rsqrtf((float)output.squares[n] / output.width + output.eps) : 1.f;
-    finish(output, before(output, tile, g, n, rows), tile, g, n, from_bf16(y[upper]) * f,
+        output.squares ? rsqrtf((float)output.squares[n] * output.per_input + output.eps) : 1.f;
+    finish<1>(output, before(output, tile, g, n, rows), tile, g, n, from_bf16(y[upper]) * f,
            from_bf16(y[lower]) * f, rows, on);
 }
 #endif
