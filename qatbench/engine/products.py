@@ -126,8 +126,8 @@ class Product:
     def leads(self) -> int:
         """The earliest start that it may give the next kernel.
 
-        A residual reads what it adds to when it starts: the one before it has to have ended, so gate
-        and up, between them, give no start before their input is there.
+        A residual reads what it adds to as soon as it starts. Who writes that has to have ended by
+        then: so gate and up, which come between, give no start before their input is there.
         """
         return WITH_INPUT if self.epilogue == SWIGLU else AT_ONCE
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
-from torch import Tensor
+from fused_models import FAMILIES, affine, dense, error, int4, loaded_of, prompts
 
 from qatbench import store
 from qatbench.engine import forms, products
@@ -31,9 +28,7 @@ from qatbench.engine.products import (
 )
 from qatbench.engine.step import Step, attentions
 from qatbench.engine.weights import pack
-from qatbench.quant.packing import Affine
 from qatbench.vlm.batch import Encoded
-from qatbench.vlm.load import Loaded, ModelFolder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -41,24 +36,6 @@ TWICE = 2**-7  # bf16 rounds an output by 2^-9 of it at most, relative to the la
 SHAPES = [(512, 1024, 128), (576, 576, 64), (256, 256, 32), (1536, 8960, 128), (640, 1536, 512)]
 LARGE = [(6144, 512, 128), (20480, 1024, 64)]  # several units a block, more than it has sums for
 EPS = 1e-6
-
-
-def affine(out: int, width: int, group: int, zeros: bool) -> Affine:
-    groups = (out, width // group)
-    zero = torch.randint(0, 16, groups, dtype=torch.uint8, device="cuda")
-    fields = torch.randint(0, 16, (out, width), dtype=torch.uint8, device="cuda")
-    scales = (torch.rand(groups, device="cuda") / 100 + 0.001).half()
-    return Affine(fields, zero if zeros else torch.full_like(zero, 8), scales)
-
-
-def dense(a: Affine) -> Tensor:
-    """fp64."""
-    fields = a.fields.double().view(*a.scales.shape, -1)
-    return ((fields - a.zeros.double()[..., None]) * a.scales.double()[..., None]).flatten(1)
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    return ((got.double() - want).abs().max() / want.abs().max()).item()
 
 
 def some(every: list[Form]) -> list[Form]:
@@ -86,7 +63,7 @@ def cases_of_products() -> list[Any]:
 )
 def test_products(out: int, width: int, group: int, zeros: bool, columns: int, int4: bool) -> None:
     torch.manual_seed(0)
-    a = affine(out, width, group, zeros)
+    a = affine(out, width, group, zeros, "cuda")
     w = torch.randn(out, width, device="cuda").bfloat16() / 16
     exact = dense(a) if int4 else w.double()
     x, before = (torch.randn(columns, n, device="cuda").bfloat16() for n in (width, out))
@@ -125,7 +102,7 @@ def test_products(out: int, width: int, group: int, zeros: bool, columns: int, i
 @pytest.mark.parametrize(("out", "width", "group"), SHAPES)
 @pytest.mark.parametrize("paired", [False, True])
 def test_dequantizing_rounds_once(out: int, width: int, group: int, paired: bool) -> None:
-    a = affine(out, width, group, zeros=True)
+    a = affine(out, width, group, zeros=True, device="cuda")
     room = torch.zeros(out, width, dtype=torch.bfloat16, device="cuda")
     products.dequantize(pack(a, paired=paired), room)
     assert torch.equal(room, dense(a).float().bfloat16())
@@ -144,57 +121,6 @@ def few_forms(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     monkeypatch.setattr(Product, "forms", few)
     monkeypatch.setattr(forms, "attentions", lambda *given: attention_forms(*given)[:2])
     monkeypatch.setattr(forms, "choose", lambda step, progress: step.chosen)
-
-
-FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"heads": 4, "kv": 4}),
-    "llama-128": (transformers.LlamaConfig, transformers.LlamaForCausalLM,
-                  {"heads": 4, "kv": 2, "head_dim": 128}),
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {"heads": 6, "kv": 1}),
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM,
-              {"heads": 4, "kv": 2, "head_dim": 128}),
-}  # fmt: skip
-
-
-def loaded_of(family: str, seed: int = 0) -> Loaded:
-    config_class, model_class, sizes = FAMILIES[family]
-    config = config_class(
-        vocab_size=512, hidden_size=384, intermediate_size=768, num_hidden_layers=3,
-        num_attention_heads=sizes["heads"], num_key_value_heads=sizes["kv"],
-        head_dim=sizes.get("head_dim", 64), max_position_embeddings=1024, pad_token_id=0,
-        eos_token_id=1, bos_token_id=None, tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    model = model_class._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    for name, value in model.named_parameters():
-        noise = torch.randn_like(value)
-        value.data = 1 + noise / 4 if "norm" in name else noise / (16 if "proj" in name else 2)
-    model.generation_config.eos_token_id = 1
-    folder = ModelFolder(family, Path(), config.to_dict(), {})
-    return Loaded(folder, model.to("cuda").eval(), SimpleNamespace(pad_token_id=0), None, "dense")
-
-
-def prompts(*lengths: int) -> list[Encoded]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        Encoded(torch.randint(2, 512, (n,), generator=generator).tolist(), "", {}) for n in lengths
-    ]
-
-
-def int4(loaded: Loaded) -> dict[str, Affine]:
-    """The model's linears as they round to 4 bits, which the model then has too."""
-    found = {}
-    for name, module in loaded.model.named_modules():
-        if "_proj" in name:
-            w = module.weight.data.float()
-            groups = w.view(len(w), -1, 128)
-            low = groups.amin(-1).clamp(max=0)
-            scales = ((groups.amax(-1).clamp(min=0) - low) / 15).half()
-            zeros = (-low / scales.float()).round().clamp(0, 15)
-            fields = (groups / scales.float()[..., None] + zeros[..., None]).round().clamp(0, 15)
-            found[name] = Affine(fields.flatten(1).to(torch.uint8), zeros.to(torch.uint8), scales)
-            module.weight.data = dense(found[name]).bfloat16()
-    return found
 
 
 @torch.inference_mode()
@@ -220,15 +146,15 @@ def compare_steps(fast: FastRunner, slow: FastRunner, asked: list[Encoded]) -> N
 @pytest.mark.parametrize("lengths", [(40,), (700,), (33, 64, 7)], ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["bf16", "int4"])
 def test_steps_are_those_of_torch(family: str, lengths: tuple[int, ...], packed: bool) -> None:
-    reference = loaded_of(family)
+    reference = loaded_of(family, "cuda")
     weights = int4(reference) if packed else None
-    fast = FastRunner(loaded_of(family), weights)
+    fast = FastRunner(loaded_of(family, "cuda"), weights)
     compare_steps(fast, FastRunner(reference, kernels=False), prompts(*lengths))
 
 
 @pytest.mark.parametrize("family", ["llama-128", "qwen2"])
 def test_attention_is_the_same_in_all_forms(family: str) -> None:
-    fast = FastRunner(loaded_of(family))
+    fast = FastRunner(loaded_of(family, "cuda"))
     started = fast.start(prompts(700, 90, 333), 24)
     step = started.state.step
     found = []
@@ -245,8 +171,8 @@ def test_attention_is_the_same_in_all_forms(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama-128", "qwen2"])
 @pytest.mark.parametrize("packed", [False, True], ids=["bf16", "int4"])
 def test_it_does_not_matter_when_the_next_kernel_starts(family: str, packed: bool) -> None:
-    reference = loaded_of(family)
-    fast = FastRunner(loaded_of(family), int4(reference) if packed else None)
+    reference = loaded_of(family, "cuda")
+    fast = FastRunner(loaded_of(family, "cuda"), int4(reference) if packed else None)
     step = fast.start(prompts(700), 24).state.step
     products = {id(p): p for alike in step.fused.kinds(1).values() for p in alike}
     chosen, first = dict(step.chosen.products), step.chosen.attention
@@ -267,8 +193,8 @@ def test_it_does_not_matter_when_the_next_kernel_starts(family: str, packed: boo
 def test_forms_are_measured_once_and_change_no_state(
     monkeypatch: pytest.MonkeyPatch, few_forms: None
 ) -> None:
-    reference = loaded_of("llama")
-    fast = FastRunner(loaded_of("llama"), int4(reference))
+    reference = loaded_of("llama", "cuda")
+    fast = FastRunner(loaded_of("llama", "cuda"), int4(reference))
     step = fast.start(prompts(40, 8), 24).state.step
     assert isinstance(step, Step)
     before = [t.clone() for t in (step.token, step.count, step.cache.filled, step.cache.turned)]
@@ -288,7 +214,7 @@ def test_forms_are_measured_once_and_change_no_state(
 
 
 def test_steps_of_one_call_and_of_several_are_the_same() -> None:
-    fast = FastRunner(loaded_of("llama"))
+    fast = FastRunner(loaded_of("llama", "cuda"))
     a = fast.start(prompts(40, 8), 24)
     together = fast.step(a, 20)
     b = fast.start(prompts(40, 8), 24)

@@ -101,6 +101,7 @@ __device__ __forceinline__ uint4 stream(const uint4* from) {
 extern "C" __global__ void __launch_bounds__(256) dequantize(
     const uint4* words, const u32* scales, const u32* zeros, u16* out, int rows, int K,
     int paired) {
+    wait_for_prior();  // whoever reads what was here before
     const int tile = blockIdx.x, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int upper = paired ? tile * 8 + g : tile * 16 + g;
     const int lower = paired ? rows / 2 + upper : upper + 8;

@@ -1,0 +1,228 @@
+"""The CUDA kernels themselves, thread by thread on a CPU, against torch: see `emulation.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import emulation
+import pytest
+import torch
+import torch.nn.functional as F
+from fused_models import affine, dense, error, int4, loaded_of, prompts
+from torch import Tensor
+
+from qatbench.engine import cuda
+from qatbench.engine.decoder import torch_step
+from qatbench.engine.fast import FastRunner
+from qatbench.engine.fused import Fused
+from qatbench.engine.products import (
+    LOGITS,
+    RESIDUAL,
+    STORE,
+    SWIGLU,
+    Card,
+    Form,
+    NextNorm,
+    Product,
+    dequantize,
+)
+from qatbench.engine.step import Step, attentions
+from qatbench.engine.weights import pack
+
+pytestmark = pytest.mark.skipif(not emulation.COMPILER, reason="needs g++")
+
+EPS = 1e-6
+TWICE = 2**-7  # see test_fused.py
+
+
+@dataclass
+class Device:
+    """What kernels run on here."""
+
+    folder: Path
+    late: list[Tensor] = field(default_factory=list)
+    lazy: bool = True
+
+    def kernel(self, source: str, name: str, *, shared: int = 0, **defines: int) -> Any:
+        return emulation.kernel(
+            source, name, folder=self.folder, shared=shared, lazy=self.lazy, late=self.late,
+            **defines,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Device:
+    """A device of three multiprocessors."""
+    folder = tmp_path_factory.getbasetemp() / "emulated"
+    folder.mkdir(exist_ok=True)
+    made = Device(folder)
+    monkeypatch.setattr(cuda, "kernel", made.kernel)
+    monkeypatch.setattr(Card, "current", lambda: Card(3, 228 << 10))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *given: (9, 0))
+    return made
+
+
+def multiply(
+    device: Device, product: Product, form: Form, x: Tensor, out: Tensor, squares: Tensor | None,
+    after: NextNorm | None,
+) -> Tensor:  # fmt: skip
+    device.late = [x] if squares is None else [x, squares]
+    product(form, x, out, squares=squares, eps=EPS, after=after)
+    return out
+
+
+@pytest.mark.parametrize("lazy", [True, False], ids=["late", "at once"])
+@pytest.mark.parametrize(
+    ("shape", "zeros", "columns", "bits"),
+    [
+        ((96, 512, 128), False, 1, 4), ((160, 256, 32), True, 1, 4), ((96, 384, 64), True, 3, 4),
+        ((96, 512, 256), False, 9, 4), ((160, 256, 32), False, 1, 16),
+        ((160, 256, 32), False, 9, 16),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_products(
+    device: Device, shape: tuple[int, int, int], zeros: bool, columns: int, bits: int, lazy: bool
+) -> None:
+    torch.manual_seed(0)
+    device.lazy = lazy
+    out, width, group = shape
+    a = affine(out, width, group, zeros, "cpu")
+    w = torch.randn(out, width).bfloat16() / 16
+    exact = dense(a) if bits == 4 else w.double()
+    x, before = (torch.randn(columns, n).bfloat16() for n in (width, out))
+    squares = torch.rand(columns, dtype=torch.float64) * width
+    bias, norm = (torch.randn(out).bfloat16() for _ in range(2))
+    weight, paired = (pack(a), pack(a, paired=True)) if bits == 4 else (w, w)
+    y = x.double() @ exact.T
+    normed = y * torch.rsqrt(squares / width + EPS)[:, None]
+    gate, up = normed.chunk(2, -1)
+    after = NextNorm(norm, torch.zeros_like(before), torch.zeros_like(squares))
+    span = max(group, 64) if bits == 4 else 64
+    stored = Product(weight, STORE, bias)
+    got = multiply(device, stored, Form(8, 1, 2, 2, span), x, before.clone(), squares, None)
+    assert error(got, normed + bias.double()) < TWICE
+    added = Product(weight, RESIDUAL)
+    got = multiply(device, added, Form(12, 2, 3, 1, span), x, before.clone(), None, after)
+    assert error(got, y + before.double()) < TWICE
+    assert torch.equal(after.scaled, (got.float() * norm.float()).bfloat16())
+    assert error(after.squares, got.double().square().sum(-1)) < 1e-6
+    logits = Product(weight, LOGITS)
+    room = torch.zeros(columns, out)
+    got = multiply(device, logits, Form(16, 1, 2, 2, span), x, room, squares, None)
+    assert error(got, normed) < 3e-5
+    gated = Product(paired, SWIGLU)
+    room = torch.zeros(columns, out // 2).bfloat16()
+    got = multiply(device, gated, Form(8, 2, 2, 2, span, 2), x, room, squares, None)
+    assert error(got, F.silu(gate) * up) < TWICE
+
+
+def test_a_block_with_more_units_than_it_has_sums_for(device: Device) -> None:
+    torch.manual_seed(0)
+    a = affine(1536, 128, 32, True, "cpu")
+    x, squares = torch.randn(2, 128).bfloat16(), torch.full((2,), 128.0, dtype=torch.float64)
+    product, form = Product(pack(a), LOGITS), Form(8, 1, 2, 2, 64)
+    units = -(-product.rows // (16 * 3))
+    assert 1 < product._round(form, 2, Card.current()) < units
+    got = multiply(device, product, form, x, torch.zeros(2, 1536), squares, None)
+    assert error(got, x.double() @ dense(a).T * (1 + EPS) ** -0.5) < 3e-5
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("paired", [False, True])
+def test_packed_weights_are_written_out(device: Device, zeros: bool, paired: bool) -> None:
+    a = affine(64, 256, 64, zeros, "cpu")
+    out = torch.empty(64, 256, dtype=torch.bfloat16)
+    assert torch.equal(dequantize(pack(a, paired=paired), out), dense(a).bfloat16())
+
+
+CASES = [("llama", (40,), False), ("llama-128", (33, 7), True), ("qwen2", (70,), True),
+         ("qwen3", (20, 35, 6), False)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "lengths", "packed"), CASES, ids=str)
+@torch.inference_mode()
+def test_steps_are_those_of_torch(
+    device: Device, family: str, lengths: tuple[int, ...], packed: bool
+) -> None:
+    reference, model = loaded_of(family, "cpu"), loaded_of(family, "cpu")
+    slow = FastRunner(reference, kernels=False)
+    weights = int4(reference) if packed else {}
+    started = slow.start(prompts(*lengths), 8)
+    state = started.state
+    fused = Fused(FastRunner(model, kernels=False).decoder, dict(weights))
+    copied = {f.name: getattr(state.cache, f.name).clone() for f in dataclasses.fields(state.cache)}
+    step = Step(fused, type(state.cache)(**copied), started.first.clone(), 8)
+    every = attentions(fused, len(lengths))
+    wider = [form for form in every if form.heads > 1] or every
+    for i in range(3):
+        form = (every[0], wider[-1], wider[0])[i]
+        step.chosen.attention = replace(form, splits=(1, 2, 4)[i], near=i, late=bool(i % 2))
+        device.late = [step.scaled, step.qkv, step.seen, step.inner, step.squares, step.logits]
+        want = torch_step(slow.decoder, state.cache, state.rope, step.token.clone()).float()
+        step.launch()
+        got = step.logits[:, : want.shape[1]]
+        worst = (got - want).abs().max().item()
+        assert worst < 0.15 * want.std().item()
+        assert torch.equal(step.token, got.argmax(-1))
+        assert torch.equal(step.told[:, i], step.token)
+        assert torch.equal(step.cache.filled, state.cache.filled)
+        assert (step.cache.keys.float() - state.cache.keys.float()).abs().max() < 0.1
+    assert step.count.tolist() == [3] * len(lengths)
+
+
+BROKEN: dict[str, tuple[str, str]] = {
+    "reads before its copy has come": ("wait_for_copies<DEPTH - 1>", "wait_for_copies<DEPTH>"),
+    "reads x before the kernel before has ended": (
+        "            wait_for_prior();\n", "",
+    ),
+    "meets nobody before sums are added": (
+        "        __syncthreads();\n        for (int e", "        for (int e",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", list(BROKEN))
+def test_a_broken_kernel_is_noticed(
+    device: Device, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    a = affine(96, 512, 128, False, "cpu")
+    x = torch.randn(1, 512).bfloat16()
+    want = x.double() @ dense(a).T
+
+    def wrong() -> float:
+        product, form = Product(pack(a), LOGITS), Form(8, 1, 2, 2, 128)
+        got = multiply(device, product, form, x, torch.zeros(1, 96), None, None)
+        return error(got.nan_to_num(1e9), want)
+
+    assert wrong() < 3e-5
+    for file in cuda.SOURCES.iterdir():
+        text = file.read_text(encoding="utf-8")
+        old, new = BROKEN[what]
+        assert file.name != "linear.cu" or text.count(old) == 1
+        text = text.replace(old, new) if file.name == "linear.cu" else text
+        if not new and "wait_for_prior" in old:
+            text = text.replace("        if (begin + round < end) __syncthreads();",
+                                "        wait_for_prior();\n"
+                                "        if (begin + round < end) __syncthreads();")  # fmt: skip
+        (tmp_path / file.name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(cuda, "SOURCES", tmp_path)
+    emulation._library.cache_clear()
+    assert wrong() > 0.01
+    emulation._library.cache_clear()
+
+
+def test_functions_in_assembly_are_left_out() -> None:
+    source = (
+        "__device__ int a() { return 1; }\n"
+        '__device__ int b() {\n    asm("");\n    return 2;\n}\n'
+        'template <int N>\n__device__ int c() {\n    asm("");\n}\n'
+        "__device__ int d(\n    int v) {\n    return v;\n}\n"
+    )
+    kept = emulation.without_assembly(source)
+    assert [name for name in "abcd" if f"int {name}(" in kept] == ["a", "d"]
+    assert "template" not in kept
