@@ -20,7 +20,7 @@ from qatbench.engine.weights import Packed
 _CHOOSERS = 32  # blocks a row that look for the likeliest token
 _STAGED = 32  # bytes of shared memory for a key and a value of a lane
 _PIECE = 16 << 10  # bytes
-_AT_ONCE = 8  # steps that are a graph of their own: between graphs the device idles
+_IN_A_ROW = 8  # steps that are a graph of their own: between graphs the device idles
 
 
 class _Later(ctypes.Structure):
@@ -159,7 +159,7 @@ class Step:
 
     def replay(self, steps: int) -> None:
         """Go on by some tokens; the first calls capture."""
-        for many in (_AT_ONCE, 1):
+        for many in (_IN_A_ROW, 1):
             for _ in range(steps // many):
                 self._graph(many).replay()
             steps %= many

@@ -38,17 +38,18 @@ class Emulated:
     spilled: int = 0
 
     def __call__(self, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
-        """Run it to its end."""
+        """Run it to its end. Raises: AssertionError where it cannot go on."""
         values = [cuda._as_c(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         late = [tensor for tensor in self.late if tensor.numel()]
         to = (ctypes.c_void_p * len(late))(*(tensor.data_ptr() for tensor in late))
         sizes = [tensor.numel() * tensor.element_size() for tensor in late]
-        self.function(
+        failure = self.function(
             pointers, (ctypes.c_int * 3)(*(*grid, 1, 1)[:3]), self.cluster, threads,
             ctypes.c_size_t(self.shared), int(self.lazy), len(late), to,
             (ctypes.c_size_t * len(late))(*sizes),
         )  # fmt: skip
+        assert failure is None, failure.decode()
 
 
 def without_assembly(source: str) -> str:
@@ -81,8 +82,9 @@ def _library(source: str, name: str, defines: tuple[tuple[str, int], ...], folde
     told = "kernel(void** given) { emulator::call(&" + name + ", given); }\n"
     code = "\n".join([
         '#include "emulator.h"', common, own, "static void " + told,
-        f'extern "C" void run({_SIGNATURE}) {{',
-        "emulator::launch(kernel, given, grid, cluster, threads, shared, lazy, late, to, bytes); }",
+        f'extern "C" const char* run({_SIGNATURE}) {{',
+        "return emulator::launch(",
+        "    kernel, given, grid, cluster, threads, shared, lazy, late, to, bytes); }",
     ])  # fmt: skip
     options = [f"-D{key}={value}" for key, value in defines]
     digest = hashlib.sha256("\0".join([code, HEADER.read_text(), *options]).encode()).hexdigest()
@@ -98,7 +100,7 @@ def _library(source: str, name: str, defines: tuple[tuple[str, int], ...], folde
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert not done.returncode, done.stderr[:3000]
     function = ctypes.CDLL(str(file)).run
-    function.restype = None
+    function.restype = ctypes.c_char_p
     return function
 
 

@@ -13,7 +13,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <tuple>
 #include <utility>
@@ -122,6 +121,13 @@ static void (*body)(void**);
 static void** parameters;
 static bool lazy;
 static bool waited;
+static char failure[200];  // why the emulation stopped, if it did
+
+// Nothing runs any more.
+static void fail(const char* why) {
+    snprintf(failure, sizeof(failure), "%s (block %u, thread %u)", why, blockIdx.x, threadIdx.x);
+    if (now) swapcontext(&now->context, &scheduler);
+}
 
 static Block& here() { return blocks[now->block]; }
 static void pause() { swapcontext(&now->context, &scheduler); }
@@ -153,10 +159,7 @@ static void perform(std::vector<Copy>& group) {
     group.clear();
 }
 static void copy(void* to, const void* from, int bytes) {
-    if ((uintptr_t)from % bytes || (uintptr_t)to % bytes) {
-        fprintf(stderr, "a copy of %d bytes is not aligned\n", bytes);
-        abort();
-    }
+    if ((uintptr_t)from % bytes || (uintptr_t)to % bytes) fail("a copy is not aligned");
     if (lazy)
         now->groups.back().push_back({to, from, bytes});
     else
@@ -211,10 +214,12 @@ static void run(std::vector<uint3> indices, int threads, size_t shared) {
             if (placed != f.block) take_place(placed, f.block), placed = f.block;
             now = &f, threadIdx = f.thread, blockIdx = blocks[f.block].index;
             swapcontext(&scheduler, &f.context);
+            now = nullptr;
+            if (failure[0]) return;
         }
-        if (more && !any) fprintf(stderr, "threads wait for ever\n"), abort();
+        if (more && !any) return fail("threads wait for ever");
     }
-    if (!waited) fprintf(stderr, "a kernel ends without having waited\n"), abort();
+    if (!waited) fail("a kernel ends without having waited");
 }
 
 template <class... A, size_t... I>
@@ -227,10 +232,11 @@ static void call(void (*kernel)(A...), void** given) {
 }
 
 // `cluster_blocks` blocks along x are a cluster. late_to, late_bytes: what kernels before this write.
-static void launch(
+static const char* launch(
     void (*kernel)(void**), void** given, const int* grid, int cluster_blocks, int threads,
     size_t shared, int copies_are_late, int late_count, char** late_to, const size_t* late_bytes) {
     body = kernel, parameters = given, lazy = copies_are_late;
+    failure[0] = 0, now = nullptr;
     gridDim = {(unsigned)grid[0], (unsigned)grid[1], (unsigned)grid[2]};
     blockDim = {(unsigned)threads, 1, 1};
     for (unsigned z = 0; z < gridDim.z; ++z)
@@ -242,7 +248,9 @@ static void launch(
                 std::vector<uint3> indices;
                 for (int b = 0; b < cluster_blocks; ++b) indices.push_back({x + b, y, z});
                 run(indices, threads, shared);
+                if (failure[0]) return failure;
             }
+    return nullptr;
 }
 
 }  // namespace emulator
