@@ -81,7 +81,7 @@ def _measure(step: Step, progress: Callable[[int, int], None]) -> None:
         for alike in step.fused.kinds(rows).values()
     ]  # fmt: skip
     forms = _attentions_without_spills(step, rows)
-    kinds.insert(1, _Kind(functools.partial(_take_attention, step), forms, _later))
+    kinds.insert(1, _Kind(functools.partial(_take_attention, step), forms, _nearer))
     done, total = 0, sum(map(_most, kinds))
     for turn in (lambda kind: kind.forms, _Kind.varied, lambda kind: kind.forms):
         for kind in kinds:
@@ -122,7 +122,7 @@ def _led(form: Form, earliest: int) -> list[Form]:
     return [replace(form, lead=lead) for lead in sorted(leads)]
 
 
-def _later(form: Attention) -> list[Attention]:
+def _nearer(form: Attention) -> list[Attention]:
     both = itertools.product((False, True), NEAR)
     return [replace(form, late=late, near=near) for late, near in both]
 
