@@ -35,7 +35,6 @@ class Emulated:
     cluster: int  # blocks
     lazy: bool  # copies come as late as they may
     late: Sequence[Tensor]  # what kernels before this one write
-    spilled: int = 0
 
     def __call__(self, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         """Run it to its end. Raises: AssertionError where it cannot go on."""

@@ -300,11 +300,10 @@ static u32 bf16_pair(float a, float b) { return rounded_bf16(a) | (u32)rounded_b
 static u32 half_pair(float a, float b) { return rounded_half(a) | (u32)rounded_half(b) << 16; }
 static float half_low(u32 pair) { return widened_half((u16)pair); }
 static float half_high(u32 pair) { return widened_half((u16)(pair >> 16)); }
-static u32 raised(u32 word) { return (word & 0x003C003Cu) | 0x42004200u; }
-static u32 half_256(u32 word) { return (word & 0x003C003Cu) | 0x5C005C00u; }
-static u32 half_16(u32 word) { return (word & 0x03C003C0u) | 0x4C004C00u; }
+template <u32 MASK, u32 SET>
+static u32 fields(u32 word) { return (word & MASK) | SET; }
 static u32 integers(u32 word, u32 minus) {
-    const u32 r = raised(word);
+    const u32 r = fields<0x003C003Cu, 0x42004200u>(word);
     return bf16_pair(widened_bf16((u16)r) + widened_bf16((u16)minus),
                      widened_bf16((u16)(r >> 16)) + widened_bf16((u16)(minus >> 16)));
 }

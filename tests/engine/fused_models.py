@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from qatbench.engine.products import (
+    LOGITS,
+    RESIDUAL,
+    STORE,
+    SWIGLU,
+    Form,
+    NextNorm,
+    Product,
+)
+from qatbench.engine.weights import pack
 from qatbench.quant.packing import Affine
 from qatbench.vlm.batch import Encoded
 from qatbench.vlm.load import Loaded, ModelFolder
+
+TWICE = 2**-7  # bf16 rounds an output by 2^-9 of it at most, relative to the largest less
+EPS = 1e-6
 
 
 def affine(out: int, width: int, group: int, zeros: bool, device: str) -> Affine:
@@ -31,6 +46,56 @@ def dense(a: Affine) -> Tensor:
 
 def error(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).abs().max() / want.abs().max()).item()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A product with what goes into it, what comes out, exactly, and how far it may be off."""
+
+    product: Product
+    x: Tensor
+    squares: Tensor | None
+    before: Tensor  # what a residual adds to
+    norm: Tensor
+    want: Tensor  # fp64
+    bound: float
+
+    def multiply(self, form: Form) -> tuple[Tensor, NextNorm]:
+        """What the kernels make of it, and what a residual leaves for the next norm."""
+        residual = self.product.epilogue == RESIDUAL
+        got = self.before.clone() if residual else torch.zeros(self.want.shape).to(self.x.device)
+        got = got if self.product.epilogue == LOGITS else got.bfloat16()
+        zeros = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)
+        after = NextNorm(self.norm, torch.zeros_like(self.before), zeros)
+        self.product(
+            form, self.x, got, squares=self.squares, eps=EPS, after=after if residual else None
+        )
+        return got, after
+
+
+def cases(
+    out: int, width: int, group: int, zeros: bool, columns: int, int4: bool, device: str
+) -> list[Case]:
+    """Every epilogue, of random weights and columns."""
+    torch.manual_seed(0)
+    a = affine(out, width, group, zeros, device)
+    w = torch.randn(out, width, device=device).bfloat16() / 16
+    exact = dense(a) if int4 else w.double()
+    x, before = (torch.randn(columns, n, device=device).bfloat16() for n in (width, out))
+    squares = torch.rand(columns, device=device, dtype=torch.float64) * width
+    bias, norm = (torch.randn(out, device=device).bfloat16() for _ in range(2))
+    weight, paired = (pack(a), pack(a, paired=True)) if int4 else (w, w)
+    y = x.double() @ exact.T
+    normed = y * torch.rsqrt(squares / width + EPS)[:, None]
+    gate, up = normed.chunk(2, -1)
+    every: list[tuple[Product, Tensor | None, Tensor, float]] = [
+        (Product(weight, STORE, bias), squares, normed + bias.double(), TWICE),
+        (Product(weight, RESIDUAL), None, y + before.double(), TWICE),
+        # One column: fp32 sums of up to 256 + 15 times x, of which 15 times x is what counts.
+        (Product(weight, LOGITS), squares, normed, 3e-5),
+        (Product(paired, SWIGLU), squares, F.silu(gate) * up, TWICE),
+    ]
+    return [Case(p, x, given, before, norm, want, most) for p, given, want, most in every]
 
 
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {

@@ -10,8 +10,7 @@ from typing import Any
 import emulation
 import pytest
 import torch
-import torch.nn.functional as F
-from fused_models import affine, dense, error, int4, loaded_of, prompts
+from fused_models import EPS, affine, cases, dense, error, int4, loaded_of, prompts
 from torch import Tensor
 
 from qatbench.engine import cuda
@@ -25,17 +24,14 @@ from qatbench.engine.products import (
     SWIGLU,
     Card,
     Form,
-    NextNorm,
     Product,
     dequantize,
 )
 from qatbench.engine.step import Step, attentions
 from qatbench.engine.weights import pack
+from qatbench.quant.packing import Affine
 
 pytestmark = pytest.mark.skipif(not emulation.COMPILER, reason="needs g++")
-
-EPS = 1e-6
-TWICE = 2**-7  # see test_fused.py
 
 
 @dataclass
@@ -65,12 +61,13 @@ def device(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
     return made
 
 
-def multiply(
-    device: Device, product: Product, form: Form, x: Tensor, out: Tensor, squares: Tensor | None,
-    after: NextNorm | None,
-) -> Tensor:  # fmt: skip
-    device.late = [x] if squares is None else [x, squares]
-    product(form, x, out, squares=squares, eps=EPS, after=after)
+def logits(
+    device: Device, a: Affine, x: Tensor, form: Form, squares: Tensor | None = None
+) -> Tensor:
+    """W x, fp32, with squares of a norm's input divided by its root."""
+    device.late = [part for part in (x, squares) if part is not None]
+    out = torch.zeros(len(x), len(a.fields))
+    Product(pack(a), LOGITS)(form, x, out, squares=squares, eps=EPS)
     return out
 
 
@@ -87,37 +84,18 @@ def multiply(
 def test_products(
     device: Device, shape: tuple[int, int, int], zeros: bool, columns: int, bits: int, lazy: bool
 ) -> None:
-    torch.manual_seed(0)
-    device.lazy = lazy
-    out, width, group = shape
-    a = affine(out, width, group, zeros, "cpu")
-    w = torch.randn(out, width).bfloat16() / 16
-    exact = dense(a) if bits == 4 else w.double()
-    x, before = (torch.randn(columns, n).bfloat16() for n in (width, out))
-    squares = torch.rand(columns, dtype=torch.float64) * width
-    bias, norm = (torch.randn(out).bfloat16() for _ in range(2))
-    weight, paired = (pack(a), pack(a, paired=True)) if bits == 4 else (w, w)
-    y = x.double() @ exact.T
-    normed = y * torch.rsqrt(squares / width + EPS)[:, None]
-    gate, up = normed.chunk(2, -1)
-    after = NextNorm(norm, torch.zeros_like(before), torch.zeros_like(squares))
-    span = max(group, 64) if bits == 4 else 64
-    stored = Product(weight, STORE, bias)
-    got = multiply(device, stored, Form(8, 1, 2, 2, span), x, before.clone(), squares, None)
-    assert error(got, normed + bias.double()) < TWICE
-    added = Product(weight, RESIDUAL)
-    got = multiply(device, added, Form(12, 2, 3, 1, span), x, before.clone(), None, after)
-    assert error(got, y + before.double()) < TWICE
-    assert torch.equal(after.scaled, (got.float() * norm.float()).bfloat16())
-    assert error(after.squares, got.double().square().sum(-1)) < 1e-6
-    logits = Product(weight, LOGITS)
-    room = torch.zeros(columns, out)
-    got = multiply(device, logits, Form(16, 1, 2, 2, span), x, room, squares, None)
-    assert error(got, normed) < 3e-5
-    gated = Product(paired, SWIGLU)
-    room = torch.zeros(columns, out // 2).bfloat16()
-    got = multiply(device, gated, Form(8, 2, 2, 2, span, 2), x, room, squares, None)
-    assert error(got, F.silu(gate) * up) < TWICE
+    device.lazy, span = lazy, max(shape[2], 64) if bits == 4 else 64
+    forms = {
+        STORE: Form(8, 1, 2, 2, span), RESIDUAL: Form(12, 2, 3, 1, span),
+        LOGITS: Form(16, 1, 2, 2, span), SWIGLU: Form(8, 2, 2, 2, span, 2),
+    }  # fmt: skip
+    for case in cases(*shape, zeros, columns, bits == 4, "cpu"):
+        device.late = [part for part in (case.x, case.squares) if part is not None]
+        got, after = case.multiply(forms[case.product.epilogue])
+        assert error(got, case.want) < case.bound, case.product.kind(columns)
+        if case.product.epilogue == RESIDUAL:
+            assert torch.equal(after.scaled, (got.float() * case.norm.float()).bfloat16())
+            assert error(after.squares, got.double().square().sum(-1)) < 1e-6
 
 
 def test_a_block_with_more_units_than_it_has_sums_for(device: Device) -> None:
@@ -127,7 +105,7 @@ def test_a_block_with_more_units_than_it_has_sums_for(device: Device) -> None:
     product, form = Product(pack(a), LOGITS), Form(8, 1, 2, 2, 64)
     units = -(-product.rows // (16 * 3))
     assert 1 < product._round(form, 2, Card.current()) < units
-    got = multiply(device, product, form, x, torch.zeros(2, 1536), squares, None)
+    got = logits(device, a, x, form, squares)
     assert error(got, x.double() @ dense(a).T * (1 + EPS) ** -0.5) < 3e-5
 
 
@@ -135,15 +113,13 @@ def test_fp16_keeps_a_column_of_any_size(device: Device) -> None:
     """Groups from the smallest normal numbers to the largest, and one of zeros, each by itself."""
     torch.manual_seed(0)
     a = affine(32, 512, 64, True, "cpu")
-    x = torch.randn(1, 512)
-    product, form = Product(pack(a), LOGITS), Form(8, 1, 2, 2, 64)
+    x, form = torch.randn(1, 512), Form(8, 1, 2, 2, 64)
     for i, power in enumerate((-126, -112, -40, 0, 14, 100, 124)):
         only = torch.zeros_like(x)
         only[:, i * 64 : i * 64 + 64] = x[:, i * 64 : i * 64 + 64]
         column = (only.double() * 2.0**power).bfloat16()
-        got = multiply(device, product, form, column, torch.zeros(1, 32), None, None)
-        assert error(got, column.double() @ dense(a).T) < 3e-5, power
-    assert not multiply(device, product, form, torch.zeros_like(column), got, None, None).any()
+        assert error(logits(device, a, column, form), column.double() @ dense(a).T) < 3e-5, power
+    assert not logits(device, a, torch.zeros_like(column), form).any()
 
 
 @pytest.mark.parametrize("zeros", [False, True])
@@ -214,9 +190,7 @@ def test_a_broken_kernel_is_noticed(
     want = x.double() @ dense(a).T
 
     def wrong() -> float:
-        product, form = Product(pack(a), LOGITS), Form(8, 1, 2, 2, 128)
-        got = multiply(device, product, form, x, torch.zeros(1, 96), None, None)
-        return error(got.nan_to_num(1e9), want)
+        return error(logits(device, a, x, Form(8, 1, 2, 2, 128)).nan_to_num(1e9), want)
 
     assert wrong() < 3e-5
     replaced, told = BROKEN[what]

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from fused_models import FAMILIES, affine, dense, error, int4, loaded_of, prompts
+from fused_models import FAMILIES, affine, cases, dense, error, int4, loaded_of, prompts
 
 from qatbench import store
 from qatbench.engine import forms, products
@@ -17,13 +16,9 @@ from qatbench.engine.fast import FastRunner
 from qatbench.engine.forms import choose
 from qatbench.engine.products import (
     LIBRARY,
-    LOGITS,
     RESIDUAL,
-    STORE,
-    SWIGLU,
     Card,
     Form,
-    NextNorm,
     Product,
 )
 from qatbench.engine.step import Step, attentions
@@ -32,10 +27,8 @@ from qatbench.vlm.batch import Encoded
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-TWICE = 2**-7  # bf16 rounds an output by 2^-9 of it at most, relative to the largest less
 SHAPES = [(512, 1024, 128), (576, 576, 64), (256, 256, 32), (1536, 8960, 128), (640, 1536, 512)]
 LARGE = [(6144, 512, 128), (20480, 1024, 64)]  # several units a block, more than it has sums for
-EPS = 1e-6
 
 
 def some(every: list[Form]) -> list[Form]:
@@ -49,52 +42,30 @@ def some(every: list[Form]) -> list[Form]:
 
 def cases_of_products() -> list[Any]:
     """Shape, zero points, columns and bits."""
-    cases = [
+    small = [
         (*shape, zeros, columns, int4)
         for shape in SHAPES
         for columns in (1, 3, 20, 64)
         for zeros, int4 in ((False, True), (True, True), (False, False))
     ]
-    return cases + [(*shape, False, columns, True) for shape in LARGE for columns in (1, 8, 20)]
+    return small + [(*shape, False, columns, True) for shape in LARGE for columns in (1, 8, 20)]
 
 
 @pytest.mark.parametrize(
     ("out", "width", "group", "zeros", "columns", "int4"), cases_of_products(), ids=str
 )
 def test_products(out: int, width: int, group: int, zeros: bool, columns: int, int4: bool) -> None:
-    torch.manual_seed(0)
-    a = affine(out, width, group, zeros, "cuda")
-    w = torch.randn(out, width, device="cuda").bfloat16() / 16
-    exact = dense(a) if int4 else w.double()
-    x, before = (torch.randn(columns, n, device="cuda").bfloat16() for n in (width, out))
-    squares = torch.rand(columns, device="cuda", dtype=torch.float64) * width
-    bias, norm = (torch.randn(out, device="cuda").bfloat16() for _ in range(2))
-    weight, paired = (pack(a), pack(a, paired=True)) if int4 else (w, w)
-    y = x.double() @ exact.T
-    normed = y * torch.rsqrt(squares / width + EPS)[:, None]
-    gate, up = normed.chunk(2, -1)
-    cases = [
-        (Product(weight, STORE, bias), squares, normed + bias.double(), TWICE),
-        (Product(weight, RESIDUAL), None, y + before.double(), TWICE),
-        # One column: fp32 sums of up to 256 + 15 times x, of which 15 times x is what counts.
-        (Product(weight, LOGITS), squares, normed, 3e-5),
-        (Product(paired, SWIGLU), squares, F.silu(gate) * up, TWICE),
-    ]
-    card = Card.current()
-    built = [(product, form) for product, *_ in cases for form in product.forms(columns, card)]
+    every, card = cases(out, width, group, zeros, columns, int4, "cuda"), Card.current()
+    built = [(c.product, form) for c in every for form in c.product.forms(columns, card)]
     products.compile_all(built, columns)
-    for product, given, want, bound in cases:
-        for i, form in enumerate(product.forms(columns, card)):
+    for case in every:
+        for i, form in enumerate(case.product.forms(columns, card)):
             form = form if form == LIBRARY else replace(form, lead=(0, 1, form.depth, 1000)[i % 4])
-            residual = product.epilogue == RESIDUAL
-            got = before.clone() if residual else torch.zeros(want.shape, device="cuda")
-            got = got if product.epilogue == LOGITS else got.bfloat16()
-            after = NextNorm(norm, torch.zeros_like(before), torch.zeros_like(squares))
-            product(form, x, got, squares=given, eps=EPS, after=after if residual else None)
-            most = 2**-6 if form == LIBRARY else bound
-            assert error(got, want) < most, (product.kind(columns), form)
-            if residual:
-                assert torch.equal(after.scaled, (got.float() * norm.float()).bfloat16())
+            got, after = case.multiply(form)
+            most = 2**-6 if form == LIBRARY else case.bound
+            assert error(got, case.want) < most, (case.product.kind(columns), form)
+            if case.product.epilogue == RESIDUAL:
+                assert torch.equal(after.scaled, (got.float() * case.norm.float()).bfloat16())
                 found = got.double().square().sum(-1)
                 torch.testing.assert_close(after.squares, found, rtol=1e-5, atol=0)
 

@@ -42,12 +42,15 @@ __device__ __forceinline__ u32 times(u32 a, u32 b) {
 __device__ __forceinline__ u32 turned(u32 word, int bits) {
     return __funnelshift_r(word, word, bits);
 }
-// Bits 2..5 as bf16 integers 32 + field.
-__device__ __forceinline__ u32 raised(u32 word) {
+// Some bits of a word, and others set: what makes numbers of two fields at once.
+template <u32 MASK, u32 SET>
+__device__ __forceinline__ u32 fields(u32 word) {
     u32 r;
-    asm("lop3.b32 %0, %1, 0x003C003C, 0x42004200, 0xEA;" : "=r"(r) : "r"(word));
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(word), "n"(MASK), "n"(SET));
     return r;
 }
+// Bits 2..5 as bf16 integers 32 + field.
+__device__ __forceinline__ u32 raised(u32 word) { return fields<0x003C003Cu, 0x42004200u>(word); }
 // Less their zero points: `minus` is -(32 + zero); the difference is exact.
 __device__ __forceinline__ u32 integers(u32 word, u32 minus) {
     u32 r = raised(word);
@@ -55,16 +58,8 @@ __device__ __forceinline__ u32 integers(u32 word, u32 minus) {
     return r;
 }
 // As fp16: bits 2..5 as 256 + field, bits 6..9 as 16 + field.
-__device__ __forceinline__ u32 half_256(u32 word) {
-    u32 r;
-    asm("lop3.b32 %0, %1, 0x003C003C, 0x5C005C00, 0xEA;" : "=r"(r) : "r"(word));
-    return r;
-}
-__device__ __forceinline__ u32 half_16(u32 word) {
-    u32 r;
-    asm("lop3.b32 %0, %1, 0x03C003C0, 0x4C004C00, 0xEA;" : "=r"(r) : "r"(word));
-    return r;
-}
+__device__ __forceinline__ u32 half_256(u32 word) { return fields<0x003C003Cu, 0x5C005C00u>(word); }
+__device__ __forceinline__ u32 half_16(u32 word) { return fields<0x03C003C0u, 0x4C004C00u>(word); }
 
 __device__ __forceinline__ void mma_half(
     float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
