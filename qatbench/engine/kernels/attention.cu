@@ -173,36 +173,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     end_of_copies();
     wait_for_prior();
     if (!late) start_dependents();
+    const uint4* fresh = (const uint4*)(qkv + (size_t)row * (HEADS + 2) * heads * D);
+    uint4 of_query[G];
+#pragma unroll
+    for (int g = 0; g < G; ++g) of_query[g] = fresh[(query + g) * LANES + part];
+    // The new key and value: whoever has them has the fewest old ones.
+    const bool newest = split == SPLITS - 1 && warp == WARPS - 1;
+    uint4 of_key = {}, of_value[1] = {};
+    if (newest) {
+        of_key = fresh[(HEADS * heads + head) * LANES + part];
+        of_value[0] = fresh[((HEADS + 1) * heads + head) * LANES + part];
+    }
     const u32 block = (blockIdx.z * gridDim.y + blockIdx.y) * SPLITS + split;
     const u32 threads = gridDim.z * gridDim.y * SPLITS * THREADS;
     // Neighbouring pieces are asked for by different blocks.
     for (u32 i = threadIdx.x * (threads / THREADS) + block; i < later.pieces; i += threads)
         bring_near(later.from + (size_t)i * PIECE_BYTES, later.take);
 
-    const uint4* fresh = (const uint4*)(qkv + (size_t)row * (HEADS + 2) * heads * D);
     Sums s = {};
     float q[G][8];
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-        unpack(q[g], fresh[(query + g) * LANES + part]);
+        unpack(q[g], of_query[g]);
         prepare(q[g], norm, eps, turn, part);
         s.top[g] = -1e30f;
 #pragma unroll
         for (int i = 0; i < 8; ++i) q[g][i] *= scale;
     }
-    if (split == SPLITS - 1 && warp == WARPS - 1) {  // the new key: they have the fewest old ones
+    if (newest) {
         float x[8];
-        unpack(x, fresh[(HEADS * heads + head) * LANES + part]);
+        unpack(x, of_key);
 #if HEADNORM
         unpack(norm, ((const uint4*)k_norm)[part]);
 #endif
         prepare(x, norm, eps, turn, part);
         const uint4 key = make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]),
                                      bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]));
-        const uint4 value[1] = {fresh[((HEADS + 1) * heads + head) * LANES + part]};
         if (sub == 0 && query % HEADS == 0) {
             ((uint4*)(keys + (base + end) * D))[part] = key;
-            ((uint4*)(values + (base + end) * D))[part] = value[0];
+            ((uint4*)(values + (base + end) * D))[part] = of_value[0];
         }
         unpack(x, key);
         float score[1][G];
@@ -211,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const float found = dot(q[g], x);
             score[0][g] = sub == 0 ? found : -1e30f;
         }
-        add<1>(s, score, value);
+        add<1>(s, score, of_value);
     }
     uint4 a[UNROLL], b[UNROLL];
     auto attend = [&]() {
