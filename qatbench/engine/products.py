@@ -150,8 +150,9 @@ class Product:
         if columns > MOST_COLUMNS:
             return found
         packed, spans = isinstance(self.weight, Packed), self._spans()
-        for warps, tiles, blocks, span in itertools.product((8, 12, 16), (1, 2), (1, 2), spans):
-            if self.rows % (TILE * tiles) or warps * 32 * blocks > 1024:
+        most_tiles = 4 if packed and 1 < columns <= 8 else 2
+        for warps, tiles, blocks, span in itertools.product((8, 12, 16), (1, 2, 4), (1, 2), spans):
+            if self.rows % (TILE * tiles) or tiles > most_tiles or warps * 32 * blocks > 1024:
                 continue
             form = Form(warps, tiles, 0, blocks, span)
             free = self._most(form, card) - self._taken(form, columns, card)
@@ -182,12 +183,16 @@ class Product:
 
     def _taken(self, form: Form, columns: int, card: Card) -> int:
         """Bytes of dynamic shared memory of a block: spans on their way, sums, inputs."""
-        w = self.weight
         ring = form.depth * self._spans_bytes(form)
         units = self._round(form, columns, card)
-        sums = (units + form.warps) * _sums(form.tiles, columns) + -(-units // 4) * 16
+        sums = (units + form.warps) * _sums(form, columns) + -(-units // 4) * 16
+        return ring + sums + (self._bytes_of_x() if columns == 1 else 0)
+
+    def _bytes_of_x(self) -> int:
+        """Of one column in shared memory: bf16, or three digits and a group's two numbers."""
+        w = self.weight
         groups = self.width // w.group if isinstance(w, Packed) else 0
-        return ring + sums + (2 * self.width + 8 * groups if columns == 1 else 0)
+        return (3 if groups else 2) * self.width + 8 * groups
 
     def _spans_bytes(self, form: Form) -> int:
         """Bytes of a span of every warp of a block, in shared memory."""
@@ -206,7 +211,7 @@ class Product:
     def _round(self, form: Form, columns: int, card: Card) -> int:
         """Units that a block has sums for at once: all of its own, or equal parts of them."""
         units = -(-self._units(form) // self._blocks(form, card))
-        most = _SUMS // _sums(form.tiles, columns) - form.warps
+        most = _SUMS // _sums(form, columns) - form.warps
         most = max(1, min(most, 32 * form.warps))  # a thread looks up who shares a unit
         return -(-units // -(-units // most))
 
@@ -275,9 +280,9 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _sums(tiles: int, columns: int) -> int:
+def _sums(form: Form, columns: int) -> int:
     """Bytes of a warp's sums of a unit: of 16 outputs a tile, or 32 lanes' four a tile."""
-    return tiles * 64 if columns == 1 else tiles * _column_tiles(columns) * 512
+    return form.tiles * (64 if columns == 1 else _column_tiles(columns) * 512)
 
 
 def _column_tiles(columns: int) -> int:

@@ -4,8 +4,8 @@ A tile is 16 outputs. A lane (g, t) of a warp, g in 0..7 and t in 0..3, holds ou
 it, and of every 64 inputs the two runs of eight that begin at 8 t and 32 + 8 t: 32 weights in four
 words of one 16-byte read. Word 2 h + i has inputs 32 h + 8 t + 4 i .. + 3, its nibbles paired as
 the tensor cores take them: (input 0 low half, input 1 high half) of output g, then of g + 8, then
-inputs 2 and 3 of both. PTX ISA, `mma.m16n8k16`: fragments of A. Words are turned left by two bits,
-so that fp16 and bf16 have a field in their mantissas without a shift (`kernels/common.cuh`).
+inputs 2 and 3 of both. PTX ISA, `mma.m16n8k16`: fragments of A. The highest bit of each nibble is
+turned over: as a number of two's complement it is the field less 8 (`kernels/common.cuh`).
 
 Kernels have groups of 32, 64 or 128 inputs; larger ones are several that are alike.
 """
@@ -22,8 +22,8 @@ from qatbench.quant.packing import Affine
 
 TILE, CHUNK = 16, 64  # outputs; inputs of one 16-byte read a lane
 SYMMETRIC = 8  # the zero point that costs nothing
-TURNED = 2  # bits, to the left
-RAISED = 32  # what fields and zero points have added as bf16
+OVER = -0x77777778  # the highest bit of each nibble, as int32
+RAISED = 128  # what fields and zero points have added as bf16
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Packed:
     """One linear, or several that share their input, joined along the outputs.
 
     words: (out / 16, in / 64, 32, 4) int32; scales: (out / 16, groups, 8) int32, each two fp16, of
-    outputs g and g + 8; zeros: the same, each two bf16 holding 32 + zero, or None where all are 8.
+    outputs g and g + 8; zeros: the same, each two bf16 holding 128 + zero, or None where all are 8.
     `paired`: tiles hold eight outputs of each half (gate and up).
     """
 
@@ -80,7 +80,7 @@ def pack(linear: Affine, *, paired: bool = False) -> Packed:
     if not bool((linear.zeros == SYMMETRIC).all()):
         zeros = _by_twos(_tiled(zero_points.to(torch.bfloat16) + RAISED, paired))
     return Packed(
-        _left(words.view(tiles, width // CHUNK, 32, 4), TURNED),
+        words.view(tiles, width // CHUNK, 32, 4) ^ OVER,
         _by_twos(_tiled(scales.half(), paired)),
         zeros, out, width, largest, paired, alike,
     )  # fmt: skip
@@ -89,7 +89,7 @@ def pack(linear: Affine, *, paired: bool = False) -> Packed:
 def unpack(packed: Packed) -> Affine:
     """Undo `pack` exactly."""
     tiles, chunks = packed.words.shape[:2]
-    words = _left(packed.words, 32 - TURNED).view(tiles, chunks, 8, 4, 2, 2)
+    words = (packed.words ^ OVER).view(tiles, chunks, 8, 4, 2, 2)
     shape = (tiles, 2, 8, chunks, 2, 4, 2, 2, 2)
     fields = torch.empty(shape, dtype=torch.uint8, device=words.device)
     for half, pair, within in _NIBBLES:
@@ -112,11 +112,6 @@ _NIBBLES = [(half, pair, within) for half in (0, 1) for pair in (0, 1) for withi
 
 def _shift(half: int, pair: int, within: int) -> int:
     return 4 * (2 * pair + half) + 16 * within
-
-
-def _left(words: Tensor, bits: int) -> Tensor:
-    """int32, turned by some bits."""
-    return (words << bits) | ((words >> (32 - bits)) & ((1 << bits) - 1))
 
 
 def _tiled(rows: Tensor, paired: bool) -> Tensor:

@@ -32,6 +32,9 @@ static __attribute__((section("block_memory"), used)) char block_memory_is_there
 struct uint3 {
     unsigned x, y, z;
 };
+struct uint2 {
+    unsigned x, y;
+} __attribute__((aligned(8)));
 struct uint4 {
     unsigned x, y, z, w;
 } __attribute__((aligned(16)));
@@ -41,6 +44,7 @@ struct float2 {
 struct float4 {
     float x, y, z, w;
 } __attribute__((aligned(16)));
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -258,14 +262,21 @@ static const char* launch(
 static void __syncthreads() { emulator::meet(emulator::here().all); }
 static void __syncwarp() { emulator::tell(nullptr, 0); }
 template <class T>
-static T __shfl_xor_sync(unsigned, T v, int with) {
+static T of_lane(T v, int lane) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8);
     uint32_t words[2] = {}, got[2];
     memcpy(words, &v, sizeof(T));
     const uint32_t* told = emulator::tell(words, sizeof(T) / 4);
-    for (size_t i = 0; i < sizeof(T) / 4; ++i) got[i] = told[i * 32 + (emulator::lane() ^ with)];
+    for (size_t i = 0; i < sizeof(T) / 4; ++i) got[i] = told[i * 32 + lane];
     memcpy(&v, got, sizeof(T));
     return v;
+}
+template <class T>
+static T __shfl_xor_sync(unsigned, T v, int with) { return of_lane(v, emulator::lane() ^ with); }
+template <class T>
+static T __shfl_down_sync(unsigned, T v, unsigned by) {
+    const unsigned lane = emulator::lane();
+    return of_lane(v, lane + by < 32 ? lane + by : lane);
 }
 static char* dynamic_memory() {
     char* at = emulator::here().dynamic.data();
@@ -297,41 +308,41 @@ static float widened_half(u16 bits) {
     return (float)h;
 }
 static u32 bf16_pair(float a, float b) { return rounded_bf16(a) | (u32)rounded_bf16(b) << 16; }
-static u32 half_pair(float a, float b) { return rounded_half(a) | (u32)rounded_half(b) << 16; }
 static float half_low(u32 pair) { return widened_half((u16)pair); }
 static float half_high(u32 pair) { return widened_half((u16)(pair >> 16)); }
-template <u32 MASK, u32 SET>
-static u32 fields(u32 word) { return (word & MASK) | SET; }
+template <u32 MASK, u32 OVER>
+static u32 fields(u32 word) { return (word & MASK) ^ OVER; }
 static u32 integers(u32 word, u32 minus) {
-    const u32 r = fields<0x003C003Cu, 0x42004200u>(word);
+    const u32 r = fields<0x000F000Fu, 0x43084308u>(word);
     return bf16_pair(widened_bf16((u16)r) + widened_bf16((u16)minus),
                      widened_bf16((u16)(r >> 16)) + widened_bf16((u16)(minus >> 16)));
 }
-// PTX ISA, mma.m16n8k16: fragments of 16-bit operands.
-template <float WIDENED(u16)>
-static void multiply_fragments(float (&c)[4], const u32 (&mine)[6]) {
+// PTX ISA, mma.m16n8k16 and k32: fragments of operands of 16 and 8 bits, K a word of them.
+template <int K, class T, class WIDENED>
+static void multiply_fragments(T (&c)[4], const u32 (&mine)[6], WIDENED widened) {
     u32 told[6][32];
     memcpy(told, emulator::tell(mine, 6), sizeof(told));
     const int g = emulator::lane() / 4, t = emulator::lane() % 4;
     for (int i = 0; i < 4; ++i) {
         const int row = i / 2, column = t * 2 + i % 2;  // row: g or g + 8
-        float sum = 0.f;
-        for (int k = 0; k < 16; ++k) {
-            const int part = k % 8 / 2, high = k % 2 * 16;
-            const u32 a = told[row + k / 8 * 2][g * 4 + part], b = told[4 + k / 8][column * 4 + part];
-            sum += WIDENED((u16)(a >> high)) * WIDENED((u16)(b >> high));
+        T sum = 0;
+        for (int k = 0; k < 8 * K; ++k) {
+            const int half = k / (4 * K), part = k / K % 4, at = k % K * (32 / K);
+            const u32 a = told[row + half * 2][g * 4 + part], b = told[4 + half][column * 4 + part];
+            sum += widened(a >> at) * widened(b >> at);
         }
         c[i] += sum;
     }
 }
 static void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    multiply_fragments<widened_bf16>(c, {a0, a1, a2, a3, b0, b1});
+    multiply_fragments<2>(c, {a0, a1, a2, a3, b0, b1}, [](u32 v) { return widened_bf16((u16)v); });
 }
-static void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    multiply_fragments<widened_half>(c, {a0, a1, a2, a3, b0, b1});
+static void mma_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    multiply_fragments<4>(c, {a0, a1, a2, a3, b0, b1}, [](u32 v) { return (int)(signed char)v; });
 }
+template <int LANES>
 static uint4 first_lanes(u32 from, int lane) {
-    if (lane >= 4) return {~0u, ~0u, ~0u, ~0u};  // no number in any format
+    if (lane >= LANES) return {~0u, ~0u, ~0u, ~0u};  // no bf16 number
     return *(const uint4*)(dynamic_memory() + from);
 }
 static uint4 stream(const uint4* from) { return *from; }

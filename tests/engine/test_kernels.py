@@ -270,7 +270,7 @@ def test_every_form_fits_and_two_kernels_share_a_multiprocessor(card: tuple[int,
 LAID_OUT = """Slot* ring = (Slot*)memory; Sums* sums = (Sums*)(ring + WARPS * DEPTH);
 u32* shared_by = (u32*)(sums + round + WARPS); ... #if SINGLE
 uint4* staged = (uint4*)(shared_by + (round + 3) / 4 * 4);
-float2* groups = (float2*)(staged + W.K / 8);"""
+float2* groups = (float2*)(staged + W.K / 16 * BYTES_OF_X);"""
 
 
 @needs_nvrtc
@@ -288,8 +288,8 @@ def test_bytes_of_shared_memory_are_the_kernels_own() -> None:
             units = p._round(form, columns, CARDS[HOPPER])
             asserted.setdefault(" ".join(f"-D{k}={v}" for k, v in defines.items()), []).append(
                 f"static_assert({form.warps * form.depth} * sizeof(Slot) + {units + form.warps} * "
-                f"sizeof(Sums) + {(units + 3) // 4 * 4} * sizeof(u32) + SINGLE * ({p.width // 8} * "
-                f"sizeof(uint4) + {groups} * sizeof(float2)) == "
+                f"sizeof(Sums) + {(units + 3) // 4 * 4} * sizeof(u32) + SINGLE * "
+                f"({p.width} * BYTES_OF_X + {groups} * sizeof(float2)) == "
                 f'{p._taken(form, columns, CARDS[HOPPER])}, "{form}");'
             )
     nvrtc, common = cuda._binding("nvrtc"), (cuda.SOURCES / cuda.COMMON).read_bytes()

@@ -14,11 +14,6 @@ __device__ __forceinline__ u32 bf16_pair(float a, float b) {  // a in the lower 
 }
 __device__ __forceinline__ u16 to_bf16(float v) { return (u16)bf16_pair(v, 0.f); }
 
-__device__ __forceinline__ u32 half_pair(float a, float b) {
-    u32 r;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
-    return r;
-}
 __device__ __forceinline__ float half_low(u32 pair) {
     float r;
     asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(r) : "r"(pair));
@@ -37,38 +32,29 @@ __device__ __forceinline__ u32 times(u32 a, u32 b) {
     return bf16_pair(low(a) * low(b), high(a) * high(b));
 }
 
-// Eight 4-bit fields lie in a word turned left by 2. Turned right by 4 i, fields i and i + 4 are
-// bits 2..5 of both halves; fields i + 1 and i + 5 are bits 6..9.
+// Eight 4-bit fields lie in a word, the highest bit of each turned over: as numbers of two's
+// complement they are fields less 8. Turned right by 4 i, fields i and i + 4 are the last bits of both
+// halves.
 __device__ __forceinline__ u32 turned(u32 word, int bits) {
     return __funnelshift_r(word, word, bits);
 }
-// Some bits of a word, and others set: what makes numbers of two fields at once.
-template <u32 MASK, u32 SET>
+// Some bits of a word, and others turned over.
+template <u32 MASK, u32 OVER>
 __device__ __forceinline__ u32 fields(u32 word) {
     u32 r;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(word), "n"(MASK), "n"(SET));
+    asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(r) : "r"(word), "n"(MASK), "n"(OVER));
     return r;
 }
-// Bits 2..5 as bf16 integers 32 + field.
-__device__ __forceinline__ u32 raised(u32 word) { return fields<0x003C003Cu, 0x42004200u>(word); }
-// Less their zero points: `minus` is -(32 + zero); the difference is exact.
+// The last bits of both halves as bf16 integers 128 + field.
+__device__ __forceinline__ u32 raised(u32 word) { return fields<0x000F000Fu, 0x43084308u>(word); }
+// Less their zero points: `minus` is -(128 + zero); the difference is exact.
 __device__ __forceinline__ u32 integers(u32 word, u32 minus) {
     u32 r = raised(word);
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(r), "r"(0x3F803F80u), "r"(minus));
     return r;
 }
-// As fp16: bits 2..5 as 256 + field, bits 6..9 as 16 + field.
-__device__ __forceinline__ u32 half_256(u32 word) { return fields<0x003C003Cu, 0x5C005C00u>(word); }
-__device__ __forceinline__ u32 half_16(u32 word) { return fields<0x03C003C0u, 0x4C004C00u>(word); }
+#define MINUS_136 0xC308C308u  // -(128 + 8), where all zero points are 8
 
-__device__ __forceinline__ void mma_half(
-    float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 __device__ __forceinline__ void mma(
     float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm volatile(
@@ -78,12 +64,23 @@ __device__ __forceinline__ void mma(
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// From shared memory, by the first four lanes alone; what the others get is anything.
+// Integers of 8 bits with signs, four a word: 16 x 32 times 32 x 8.
+__device__ __forceinline__ void mma_bytes(
+    int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// From shared memory, by the first lanes alone; what the others get is anything.
+template <int LANES>
 __device__ __forceinline__ uint4 first_lanes(u32 from, int lane) {
     uint4 v;
     asm volatile(
-        "{.reg .pred p; setp.lt.s32 p, %5, 4; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];}"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from), "r"(lane));
+        "{.reg .pred p; setp.lt.s32 p, %5, %6; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];}"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from), "r"(lane), "n"(LANES));
     return v;
 }
 

@@ -15,12 +15,14 @@
 // Which input stands where inside a product does not matter as long as W and x agree: lane (g, t)
 // takes inputs 8t..8t+7 of every 32, so that it reads 16 bytes at a time, and only its own.
 //
-// 4-bit fields become numbers by setting bits. For one column fp16 has room for two fields in each
-// half of a word, as 256 + field and 16 + field. x is fp16 then too, each group of it times a power
-// of two that brings its largest near 2^15, which changes no number that counts; what the constants
-// and the zero point add is taken away by the group's sum of x. For more columns fields are bf16,
-// 32 + field: for up to eight a second product takes 32 + zero away, which costs the tensor cores
-// less than subtractions cost everything else. Scales are applied to the sums of a group, in fp32.
+// 4-bit fields become numbers of the tensor cores by a mask. For one column they are bytes, 16 times
+// field - 8 (mma.m16n8k32, integers). x is three digits of 8 bits then, which are three columns of the
+// right operand: each group of it is times a power of two that brings its largest near 2^22, rounded,
+// and written with digits of -128 to 127. bf16 has 8 bits, so that what is lost is below 2^-23 of the
+// group's largest. Sums of a group are exact; what zero points other than 8 add is taken away by the
+// group's sum of x. For more columns fields are bf16, 128 + field: for up to eight a second product
+// takes 128 + zero away, which costs the tensor cores less than subtractions cost everything else.
+// Scales are applied to the sums of a group, in fp32.
 //
 // The RMS norm of a product's input is split: whoever makes x also writes x times the norm's weight,
 // which is what comes in here, and adds up the squares of x; 1 / rms is applied to y.
@@ -33,13 +35,16 @@
 #define LOADS (SPAN / 64)  // uint4 a lane, tile and span
 #define GROUPS_A_SPAN (SPAN / GROUP)
 #define RAISED (NT == 1)
-#define CHAINS (RAISED && NT * MT == 1 ? 2 : 1)  // sums that do not wait for each other
+#define CHAINS (NT * MT == 1 && GROUP > 32 ? 2 : 1)  // sums that do not wait for each other
 #else
 #define LOADS 4  // SPAN is 64
 #define GROUPS_A_SPAN 0  // no scales
 #endif
 #define THREADS (WARPS * 32)
 #define SUMS (SINGLE ? 2 : 4)  // of a tile and eight columns that a lane has
+#define VECTORS (SPAN / 32)    // of eight inputs that a lane has of a column and span
+#define AHEAD (BITS == 4 && !SINGLE && NT * VECTORS <= 8)  // a span of x is asked for early
+#define BYTES_OF_X (SINGLE && BITS == 4 ? 3 : 2)  // an input
 
 // One span of a unit on its way. A lane reads what it asked for itself: four lanes ask for the same
 // scales, which is faster than to share them.
@@ -56,7 +61,7 @@ struct Slot {
 struct Weights {
     const uint4* words;  // BITS 4: [tile][K / 64][lane]; BITS 16: bf16 [rows][K]
     const u32* scales;   // [tile][K / GROUP][8]: fp16 of rows g and g + 8
-    const u32* zeros;    // the same: 32 + zero as bf16
+    const u32* zeros;    // the same: 128 + zero as bf16
     int rows, K;
 };
 
@@ -120,21 +125,21 @@ __device__ __forceinline__ void fetch(Slot& slot, Source& s, int K, int lane) {
 #endif
 }
 
-// A span of the input. If SINGLE it is in shared memory, and only lanes with g = 0 read it: they have
-// the first column of the right operand, and what is in the other seven matters to nobody.
+// A span of the input. If SINGLE it is in shared memory, and only lanes of columns that are some read
+// it, bf16 or three digits; what is in the other columns of the right operand matters to nobody.
 struct Input {
 #if SINGLE
     u32 x;                 // a lane's first vector
     const float2* groups;  // BITS 4: the sum of x over a group, and what x was divided by
-    __device__ __forceinline__ uint4 operator()(int, int at, int lane) const {
-        return first_lanes(x + at * 16, lane);
+    __device__ __forceinline__ uint4 operator()(int, int i, int lane) const {  // BITS 4: 64 inputs
+        return first_lanes<BITS == 4 ? 12 : 4>(x + i * 64 * BYTES_OF_X / (BITS == 4 ? 1 : 2), lane);
     }
     __device__ __forceinline__ void go_on(int spans) {
-        x += spans * SPAN * 2, groups += spans * GROUPS_A_SPAN;
+        x += spans * SPAN * BYTES_OF_X, groups += spans * GROUPS_A_SPAN;
     }
 #else
     const uint4* x[NT];    // a lane's first vectors
-    __device__ __forceinline__ uint4 operator()(int n, int at, int) const { return x[n][at]; }
+    __device__ __forceinline__ uint4 operator()(int n, int i, int) const { return x[n][i * 4]; }
     __device__ __forceinline__ void go_on(int spans) {
 #pragma unroll
         for (int n = 0; n < NT; ++n) x[n] += spans * (SPAN / 8);
@@ -142,14 +147,71 @@ struct Input {
 #endif
 };
 
+#if AHEAD
+// A span of the input in registers.
+struct Held {
+    uint4 x[NT][VECTORS];
+    __device__ __forceinline__ uint4 operator()(int n, int i, int) const { return x[n][i]; }
+};
+__device__ __forceinline__ Held held(const Input& in) {
+    Held h;
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < VECTORS; ++i) h.x[n][i] = in(n, i, 0);
+    return h;
+}
+#else
+typedef Input Held;
+#endif
+
 // One span of all columns: acc += W[:, span] x[span].
 __device__ __forceinline__ void multiply(
-    float (&acc)[MT][NT][SUMS], const Slot& slot, const Input& in, int lane) {
-#if BITS == 4
+    float (&acc)[MT][NT][SUMS], const Slot& slot, const Held& in, int lane) {
+#if BITS == 4 && SINGLE
+    const int second = lane & 1 ? 0 : 256;  // lanes with t = 0 have digits 0 and 1, with 1 digit 2
+#pragma unroll
+    for (int group = 0; group < GROUPS_A_SPAN; ++group) {
+        int part[CHAINS][MT][4] = {};
+        uint4 b;
+#pragma unroll
+        for (int k = 0; k < GROUP / 32; ++k) {
+            const int i = group * (GROUP / 32) + k;
+            if (k == 0 || i % 2 == 0) b = in(0, i / 2, lane);
+#pragma unroll
+            for (int m = 0; m < MT; ++m) {
+                const uint4 four = slot.w[m][i / 2][lane];
+                const u32 u = i % 2 ? four.z : four.x, v = i % 2 ? four.w : four.y;
+                const u32 mask = 0xF0F0F0F0u;
+                mma_bytes(part[k % CHAINS][m], u << 4 & mask, u & mask, v << 4 & mask, v & mask,
+                          i % 2 ? b.z : b.x, i % 2 ? b.w : b.y);
+            }
+        }
+        const float2 x = in.groups[group];
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            const u32 pair = slot.scale[m][group][lane];
+            const float scale[2] = {half_low(pair) * x.y, half_high(pair) * x.y};
+            float less[2] = {};
+#if ZEROS
+            const u32 zero = slot.zero[m][group][lane];
+            const float sum = lane & 3 ? 0.f : x.x;  // once
+            less[0] = (low(zero) - 136.f) * sum, less[1] = (high(zero) - 136.f) * sum;
+#endif
+#pragma unroll
+            for (int s = 0; s < 2; ++s) {
+                int first = part[0][m][2 * s], next = part[0][m][2 * s + 1];
+                if (CHAINS == 2)
+                    first += part[CHAINS - 1][m][2 * s], next += part[CHAINS - 1][m][2 * s + 1];
+                acc[m][0][s] += scale[s] * ((float)(first + next * second) - less[s]);
+            }
+        }
+    }
+#elif BITS == 4
 #pragma unroll
     for (int group = 0; group < GROUPS_A_SPAN; ++group) {
         float part[CHAINS][MT][NT][4] = {};
-#if RAISED && !SINGLE
+#if RAISED
         float less[CHAINS][ZEROS ? MT : 1][NT][4] = {};  // alike in all tiles without zero points
 #endif
 #pragma unroll
@@ -157,28 +219,23 @@ __device__ __forceinline__ void multiply(
             const int i = group * (GROUP / 32) + k;
             uint4 b[NT];
 #pragma unroll
-            for (int n = 0; n < NT; ++n) b[n] = in(n, i * 4, lane);
+            for (int n = 0; n < NT; ++n) b[n] = in(n, i, lane);
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
                 const uint4 four = slot.w[m][i / 2][lane];
                 const u32 words[2] = {i % 2 ? four.z : four.x, i % 2 ? four.w : four.y};
-#if !SINGLE
 #if ZEROS
                 const u32 pair = slot.zero[m][group][lane];
                 const u32 upper = __byte_perm(pair, 0, 0x1010) | 0x80008000u;
                 const u32 lower = __byte_perm(pair, 0, 0x3232) | 0x80008000u;
 #else
-                const u32 upper = 0xC220C220u, lower = 0xC220C220u;  // -(32 + 8)
-#endif
+                const u32 upper = MINUS_136, lower = MINUS_136;
 #endif
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     const u32 w = words[j];
                     const int c = j % CHAINS;
-#if SINGLE
-                    const u32 v = turned(w, 8);
-                    const u32 a[4] = {half_256(w), half_16(w), half_256(v), half_16(v)};
-#elif RAISED
+#if RAISED
                     const u32 a[4] = {raised(w), raised(turned(w, 4)), raised(turned(w, 8)),
                                       raised(turned(w, 12))};
 #else
@@ -189,12 +246,8 @@ __device__ __forceinline__ void multiply(
 #pragma unroll
                     for (int n = 0; n < NT; ++n) {
                         const u32 b0 = j ? b[n].z : b[n].x, b1 = j ? b[n].w : b[n].y;
-#if SINGLE
-                        mma_half(part[c][m][n], a[0], a[1], a[2], a[3], b0, b1);
-#else
                         mma(part[c][m][n], a[0], a[1], a[2], a[3], b0, b1);
-#endif
-#if RAISED && !SINGLE
+#if RAISED
                         if (ZEROS || m == 0) mma(less[c][m][n], upper, lower, upper, lower, b0, b1);
 #endif
                     }
@@ -204,32 +257,18 @@ __device__ __forceinline__ void multiply(
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
             const u32 pair = slot.scale[m][group][lane];
-#if SINGLE
-            const float2 x = in.groups[group];
-            const float scale[2] = {half_low(pair) * x.y, half_high(pair) * x.y};
-#if ZEROS
-            const u32 zero = slot.zero[m][group][lane];
-            const float less[2] = {(low(zero) + 224.f) * x.x, (high(zero) - 16.f) * x.x};
-#else
-            const float less[2] = {264.f * x.x, 24.f * x.x};  // 256 + 8, 16 + 8
-#endif
-#else
             const float scale[2] = {half_low(pair), half_high(pair)};
-#endif
 #pragma unroll
             for (int n = 0; n < NT; ++n)
 #pragma unroll
-                for (int s = 0; s < SUMS; ++s) {
-                    const int c = s * 4 / SUMS;
+                for (int c = 0; c < 4; ++c) {
                     float y = part[0][m][n][c];
                     if (CHAINS == 2) y += part[CHAINS - 1][m][n][c];
-#if SINGLE
-                    y -= less[s];
-#elif RAISED
+#if RAISED
                     y += less[0][ZEROS ? m : 0][n][c];
                     if (CHAINS == 2) y += less[CHAINS - 1][ZEROS ? m : 0][n][c];
 #endif
-                    acc[m][n][s] += scale[c / 2] * y;
+                    acc[m][n][c] += scale[c / 2] * y;
                 }
         }
     }
@@ -242,7 +281,7 @@ __device__ __forceinline__ void multiply(
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const uint4 u = slot.w[m][2 * i][lane], v = slot.w[m][2 * i + 1][lane];
-                const uint4 b = in(n, i * 4, lane);
+                const uint4 b = in(n, i, lane);
                 mma(part, u.x, v.x, u.y, v.y, b.x, b.y);
                 mma(part, u.z, v.z, u.w, v.w, b.z, b.w);
             }
@@ -268,7 +307,12 @@ __device__ __forceinline__ void leave(Sums& to, float (&acc)[MT][NT][SUMS], int 
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
 #if SINGLE
-            if (lane % 4 == 0)  // all eight columns are the one
+#if BITS == 4
+#pragma unroll
+            for (int s = 0; s < 2; ++s)
+                acc[m][n][s] += 65536.f * __shfl_down_sync(~0u, acc[m][n][s], 1);
+#endif
+            if (lane % 4 == 0)
                 to.of[m][lane / 4] = acc[m][n][0], to.of[m][lane / 4 + 8] = acc[m][n][1];
 #else
             if (n * 8 + (lane & 3) * 2 < columns)
@@ -322,9 +366,14 @@ __device__ __forceinline__ void end_of_tile(
     finish<1>(output, before.of[0], begin * MT + tile, lane % 8, 0, y * f, lower * f, rows, lane < 8);
 #else
     float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
-    for (; w <= last; ++w) {
-        const float4 v = sums[unit + w].of[m][e % NT][lane];
-        y.x += v.x, y.y += v.y, y.z += v.z, y.w += v.w;
+    for (; w <= last; w += 4) {
+        float4 v[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            v[j] = w + j <= last ? sums[unit + w + j].of[m][e % NT][lane]
+                                 : make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) y.x += v[j].x, y.y += v[j].y, y.z += v[j].z, y.w += v[j].w;
     }
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -337,7 +386,14 @@ __device__ __forceinline__ void end_of_tile(
 }
 
 #if SINGLE
-// x into shared memory, a vector of eight a thread and turn; BITS 4: as fp16, with each group's sum.
+// Byte `at` of four words.
+__device__ __forceinline__ u32 bytes(int at, u32 a, u32 b, u32 c, u32 d) {
+    const u32 two = at | at + 4 << 4;
+    return __byte_perm(__byte_perm(a, b, two), __byte_perm(c, d, two), 0x5410);
+}
+
+// x into shared memory, a vector of eight a thread and turn. BITS 4: digit by digit of 64 inputs, of
+// each those of lanes with t = 0 first, in the order in which a byte of W has them (see weights.py).
 __device__ __forceinline__ void stage(uint4* to, float2* groups, const uint4* x, int K) {
     for (int first = 0; first < K / 8; first += THREADS * 4) {
         uint4 v[4];
@@ -351,27 +407,36 @@ __device__ __forceinline__ void stage(uint4* to, float2* groups, const uint4* x,
             const int i = first + j * THREADS + threadIdx.x;
             if (first + j * THREADS + (threadIdx.x & ~31) >= K / 8) break;  // the whole warp
 #if BITS == 4
-            float f[8] = {low(v[j].x), high(v[j].x), low(v[j].y), high(v[j].y),
-                          low(v[j].z), high(v[j].z), low(v[j].w), high(v[j].w)};
+            const float f[8] = {low(v[j].x), high(v[j].x), low(v[j].y), high(v[j].y),
+                                low(v[j].z), high(v[j].z), low(v[j].w), high(v[j].w)};
             float most = 0.f, sum = 0.f;
 #pragma unroll
             for (int e = 0; e < 8; ++e) most = fmaxf(most, fabsf(f[e])), sum += f[e];
 #pragma unroll
             for (int l = GROUP / 16; l; l /= 2) {
                 most = fmaxf(most, __shfl_xor_sync(~0u, most, l));
-                sum += __shfl_xor_sync(~0u, sum, l);
+                if (ZEROS) sum += __shfl_xor_sync(~0u, sum, l);
             }
-            const u32 exponent = max(__float_as_uint(most) >> 23, 15u);
-            const float times = __uint_as_float(268 - exponent << 23);
+            // Of numbers below 2^-101 not all digits are kept.
+            const u32 exponent = max(__float_as_uint(most) >> 23, 26u);
+            const float times = __uint_as_float(275 - exponent << 23);
+            u32 digits[8];  // the last three bytes, each 128 more
 #pragma unroll
-            for (int e = 0; e < 8; ++e) f[e] *= times;
-            v[j] = make_uint4(half_pair(f[0], f[1]), half_pair(f[2], f[3]), half_pair(f[4], f[5]),
-                              half_pair(f[6], f[7]));
-            const float divided_by = __uint_as_float(exponent - 14 << 23);
+            for (int e = 0; e < 8; ++e)
+                digits[e] = __float_as_uint(f[e] * times + 12582912.f) + 0x408080u;
+            uint2* at = (uint2*)to + i / 8 * 24 + i % 4 * 2 + i / 4 % 2;
+#pragma unroll
+            for (int d = 0; d < 3; ++d)
+                if (i < K / 8)
+                    at[d * 8] = make_uint2(
+                        bytes(d, digits[0], digits[2], digits[1], digits[3]) ^ 0x80808080u,
+                        bytes(d, digits[4], digits[6], digits[5], digits[7]) ^ 0x80808080u);
+            const float divided_by = __uint_as_float(exponent - 25 << 23);  // W is times 16
             if (i < K / 8 && i % (GROUP / 8) == 0)
-                groups[i * 8 / GROUP] = make_float2(sum * times, divided_by);
-#endif
+                groups[i * 8 / GROUP] = make_float2(sum * times * 16.f, divided_by);
+#else
             if (i < K / 8) to[i] = v[j];
+#endif
         }
     }
 }
@@ -395,16 +460,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
     const int first = blockIdx.x * each + min((int)blockIdx.x, more);
     const int end = first + each + ((int)blockIdx.x < more);
     Slot *const slots = ring + warp * DEPTH, *slot = slots;
-    const int x_lane = lane & 3;
     Input in;
 #if SINGLE
     uint4* staged = (uint4*)(shared_by + (round + 3) / 4 * 4);
-    float2* groups = (float2*)(staged + W.K / 8);
-    in.x = (u32)__cvta_generic_to_shared(staged + x_lane), in.groups = groups;
+    float2* groups = (float2*)(staged + W.K / 16 * BYTES_OF_X);
+    in.x = (u32)__cvta_generic_to_shared(staged + lane), in.groups = groups;
 #else
 #pragma unroll
     for (int n = 0; n < NT; ++n)
-        in.x[n] = x + (size_t)min(n * 8 + lane / 4, columns - 1) * (W.K / 8) + x_lane;
+        in.x[n] = x + (size_t)min(n * 8 + lane / 4, columns - 1) * (W.K / 8) + (lane & 3);
 #endif
     for (int begin = first; begin < end; begin += round) {
         const int units = min(round, end - begin), share = units * spans;
@@ -440,17 +504,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
                 factors[threadIdx.x] =
                     normed ? rsqrtf(square * output.per_input + output.eps) : 1.f;
         }
+#if AHEAD
+        Held x_now = held(now);
+#endif
         slot = slots;
         const int start_at = begin + round < end ? 0 : min(lead, left);
 #pragma unroll 1
         while (left) {
             if (left == start_at) start_dependents();
+#if AHEAD
+            // What comes next is asked for now: it takes long to come, from the second cache. Without
+            // the barrier the compiler would ask for it where it is needed.
+            now.go_on(1);
+            if (span + 1 == spans || left == 1) now = in;
+            const Held x_next = held(now);
+            __syncwarp();
+#endif
             wait_for_copies<DEPTH - 1>();
+#if AHEAD
+            multiply(acc, *slot, x_now, lane);
+            x_now = x_next;
+#else
             multiply(acc, *slot, now, lane);
+            now.go_on(1);
+#endif
             if (left > DEPTH) fetch(*slot, next, W.K, lane);
             end_of_copies();
             if (++slot == slots + DEPTH) slot = slots;
-            now.go_on(1);
             --left;
             if (++span == spans || left == 0) {
                 leave(*to++, acc, columns, lane);

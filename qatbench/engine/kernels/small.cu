@@ -117,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
             const u32 mu = __byte_perm(pair, 0, 0x1010) | 0x80008000u;
             const u32 ml = __byte_perm(pair, 0, 0x3232) | 0x80008000u;
 #else
-            const u32 mu = 0xC220C220u, ml = 0xC220C220u;
+            const u32 mu = MINUS_136, ml = MINUS_136;
 #endif
             const u32 a = h ? four.z : four.x, b = h ? four.w : four.y;
             const u32 u[4] = {integers(a, mu), integers(turned(a, 8), mu), integers(b, mu),
