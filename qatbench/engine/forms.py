@@ -3,8 +3,8 @@
 How fast a kernel is depends on its neighbours: it starts while the one before it ends, in what room
 that one leaves, and reads at its cost. So forms are compared in a step of the model itself, one
 kind of kernel after the other: all, then the best with more or less of a lead for the next kernel
-(attention also with more or less brought near), then the best of these. What is found is kept in
-the cache folder by device name.
+or held back (attention also with more or less brought near), then the best of these. What is found
+is kept in the cache folder by device name.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def _measure(step: Step, progress: Callable[[int, int], None]) -> None:
     rows, layers = len(step.token), range(min(LAYERS, step.fused.decoder.sizes.layers))
     kinds = [
         _Kind(
-            functools.partial(_take_form, step, alike), _without_spills(alike[0], rows),
+            functools.partial(_take_form, step, alike),
+            [one for form in _without_spills(alike[0], rows) for one in _held(form)],
             functools.partial(_led, earliest=alike[0].leads),
         )
         for alike in step.fused.kinds(rows).values()
@@ -119,7 +120,13 @@ def _led(form: Form, earliest: int) -> list[Form]:
     if form == LIBRARY:
         return [form]
     leads = {*range(earliest, 2), form.depth // 2, form.depth, 2 * form.depth}
-    return [replace(form, lead=lead) for lead in sorted(leads)]
+    led = [replace(form, lead=lead) for lead in sorted(leads)]
+    return [*led, replace(form, held_back=form.depth // 2)]
+
+
+def _held(form: Form) -> list[Form]:
+    """Nothing or all of its first spans held back."""
+    return [form] if form == LIBRARY else [form, replace(form, held_back=form.depth)]
 
 
 def _nearer(form: Attention) -> list[Attention]:

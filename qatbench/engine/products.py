@@ -69,7 +69,8 @@ class Form:
     depth: int  # spans on their way a warp
     blocks: int  # that fit into a multiprocessor
     span: int  # inputs that a warp takes at once
-    lead: int = 0  # spans that a warp has left when the next kernel may start; or one of these:
+    lead: int = 0  # spans that a warp has left when the next kernel may start; or as below
+    held_back: int = 0  # spans of the first `depth` that a warp asks for only after the input
 
 
 WITH_INPUT, AT_ONCE = 0, -1
@@ -257,6 +258,7 @@ class Product:
             (self._blocks(form, card),), form.warps * 32, self._c_weights(), x, output,
             ctypes.c_int(columns), ctypes.c_int(self._units(form) // self._blocks(form, card)),
             ctypes.c_int(self._round(form, columns, card)), ctypes.c_int(form.lead),
+            ctypes.c_int(form.held_back),
         )  # fmt: skip
 
     def _by_library(self, x: Tensor, output: _Output) -> None:

@@ -86,8 +86,8 @@ def test_products(
 ) -> None:
     device.lazy, span = lazy, max(shape[2], 64) if bits == 4 else 64
     forms = {
-        STORE: Form(8, 1, 2, 2, span), RESIDUAL: Form(12, 2, 3, 1, span),
-        LOGITS: Form(16, 1, 2, 2, span), SWIGLU: Form(8, 2, 2, 2, span, 2),
+        STORE: Form(8, 1, 2, 2, span, held_back=2), RESIDUAL: Form(12, 2, 3, 1, span, held_back=1),
+        LOGITS: Form(16, 1, 2, 2, span, held_back=2 * lazy), SWIGLU: Form(8, 2, 2, 2, span, 2),
     }  # fmt: skip
     for case in cases(*shape, zeros, columns, bits == 4, "cpu"):
         device.late = [part for part in (case.x, case.squares) if part is not None]
@@ -152,6 +152,8 @@ def test_steps_are_those_of_torch(
     for i in range(3):
         form = (every[0], wider[-1], wider[0])[i]
         step.chosen.attention = replace(form, splits=(1, 2, 4)[i], near=i, late=bool(i % 2))
+        for key, chosen in step.chosen.products.items():
+            step.chosen.products[key] = replace(chosen, held_back=min(i, chosen.depth))
         device.late = [step.scaled, step.qkv, step.seen, step.inner, step.squares, step.logits]
         want = torch_step(slow.decoder, state.cache, state.rope, step.token.clone()).float()
         step.launch()
@@ -172,6 +174,7 @@ FROM = "&slot.w[m][i][lane], "
 BROKEN: dict[str, tuple[dict[str, str], str]] = {  # what is replaced; what a failure says, if one
     "reads before copies have come": ({"wait_for_copies<DEPTH - 1>": "wait_for_copies<DEPTH>"}, ""),
     "reads x before it waits": ({WAITS: "", ENDS: "        wait_for_prior();\n" + ENDS}, ""),
+    "forgets what it held back": ({"                ask(asked, DEPTH);\n": ""}, ""),
     "adds before all have left sums": ({MEETING: MEETING.partition("\n")[2]}, ""),
     "never waits": ({WAITS: ""}, "a kernel ends without having waited"),
     "copies from an odd place": ({FROM + "s.words": FROM + "1 + (char*)s.words"}, "not aligned"),
@@ -190,7 +193,7 @@ def test_a_broken_kernel_is_noticed(
     want = x.double() @ dense(a).T
 
     def wrong() -> float:
-        return error(logits(device, a, x, Form(8, 1, 2, 2, 128)).nan_to_num(1e9), want)
+        return error(logits(device, a, x, Form(8, 1, 2, 2, 128, held_back=1)).nan_to_num(1e9), want)
 
     assert wrong() < 3e-5
     replaced, told = BROKEN[what]

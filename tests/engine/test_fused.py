@@ -60,7 +60,9 @@ def test_products(out: int, width: int, group: int, zeros: bool, columns: int, i
     products.compile_all(built, columns)
     for case in every:
         for i, form in enumerate(case.product.forms(columns, card)):
-            form = form if form == LIBRARY else replace(form, lead=(0, 1, form.depth, 1000)[i % 4])
+            if form != LIBRARY:
+                lead, held_back = (0, 1, form.depth, 1000)[i % 4], (0, form.depth, 1)[i % 3]
+                form = replace(form, lead=lead, held_back=held_back)
             got, after = case.multiply(form)
             most = 2**-6 if form == LIBRARY else case.bound
             assert error(got, case.want) < most, (case.product.kind(columns), form)
@@ -152,7 +154,9 @@ def test_it_does_not_matter_when_the_next_kernel_starts(family: str, packed: boo
     for lead, late, near in starts:
         for key, form in chosen.items():
             own = max(lead, products[key].leads)
-            step.chosen.products[key] = form if form == LIBRARY else replace(form, lead=own)
+            held = form.depth * (near > 0)
+            moved = replace(form, lead=own, held_back=held)
+            step.chosen.products[key] = form if form == LIBRARY else moved
         step.chosen.attention = replace(first, late=late, near=near)
         for _ in range(5):  # one after the other, as in a graph
             step.launch_layers(range(3))

@@ -394,7 +394,10 @@ __device__ __forceinline__ u32 bytes(int at, u32 a, u32 b, u32 c, u32 d) {
 
 // x into shared memory, a vector of eight a thread and turn. BITS 4: digit by digit of 64 inputs, of
 // each those of lanes with t = 0 first, in the order in which a byte of W has them (see weights.py).
-__device__ __forceinline__ void stage(uint4* to, float2* groups, const uint4* x, int K) {
+// `asked`: is called when x, or its first part, has been asked for.
+template <class Asked>
+__device__ __forceinline__ void stage(
+    uint4* to, float2* groups, const uint4* x, int K, const Asked& asked) {
     for (int first = 0; first < K / 8; first += THREADS * 4) {
         uint4 v[4];
 #pragma unroll
@@ -402,6 +405,8 @@ __device__ __forceinline__ void stage(uint4* to, float2* groups, const uint4* x,
             const int i = first + j * THREADS + threadIdx.x;
             v[j] = i < K / 8 ? x[i] : make_uint4(0, 0, 0, 0);
         }
+        __syncwarp();  // without it the compiler would ask for x where it is needed
+        if (first == 0) asked();
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const int i = first + j * THREADS + threadIdx.x;
@@ -444,10 +449,11 @@ __device__ __forceinline__ void stage(uint4* to, float2* groups, const uint4* x,
 
 // `each`: units of a block, some have one more. `round`: units that a block has sums for at once.
 // `lead`: spans that a warp has left when the next kernel may start and ask for weights of its own; 0:
-// it may when this one's input is there, -1: at once. Dynamic shared memory: WARPS * DEPTH slots, sums
+// it may when this one's input is there, -1: at once. `held_back`: spans of its first that a warp asks
+// for only after x, which would have to wait for them in the memory's queues. Dynamic shared memory: WARPS * DEPTH slots, sums
 // of round + WARPS pairs, sharers of round units; if SINGLE x, and its sums over groups.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
-    Weights W, const uint4* x, Output output, int columns, int each, int round, int lead) {
+    Weights W, const uint4* x, Output output, int columns, int each, int round, int lead, int held_back) {
     if (lead < 0) start_dependents();
     extern __shared__ __align__(128) unsigned char memory[];
     __shared__ float factors[NT * 8];
@@ -475,11 +481,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
         const int from = warp * share / WARPS, unit = warp * units / WARPS;
         int left = (warp + 1) * share / WARPS - from, span = from - unit * spans;
         Source next = source(W, begin + unit, span, lane);
+        const int asked = begin == first ? DEPTH - held_back : DEPTH;
+        auto ask = [&](int from, int to) {
 #pragma unroll 1
-        for (int d = 0; d < DEPTH; ++d) {
-            if (d < left) fetch(slots[d], next, W.K, lane);
-            end_of_copies();
-        }
+            for (int d = from; d < to; ++d) {
+                if (d < left) fetch(slots[d], next, W.K, lane);
+                end_of_copies();
+            }
+        };
+        ask(0, asked);
         if (threadIdx.x < units) shared_by[threadIdx.x] = sharers(threadIdx.x, units, spans);
         const int tiles = units * MT * NT;
         // It is older than the kernel before this one.
@@ -490,22 +500,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
         Input now = in;
         now.go_on(span);
         if (left == 0) leave(*to, acc, columns, lane);  // between two that have a share of a unit
+#if AHEAD
+        Held x_now;
+#endif
         if (begin == first) {
             at_hand(x), at_hand(output.squares);
             wait_for_prior();
             if (lead == 0) start_dependents();
+            // After x, on which everything waits, and not used before x is there.
             const bool normed = output.squares && threadIdx.x < columns;
-            const float square = normed ? (float)output.squares[threadIdx.x] : 0.f;
+            double square = 0.;
+            auto later = [&]() {
+                if (normed) square = output.squares[threadIdx.x];
+                ask(asked, DEPTH);
+            };
 #if SINGLE
-            stage(staged, groups, x, W.K);
+            stage(staged, groups, x, W.K, later);
             __syncthreads();
+#else
+#if AHEAD
+            x_now = held(now);
+            __syncwarp();
+#endif
+            later();
 #endif
             if (threadIdx.x < NT * 8)
                 factors[threadIdx.x] =
-                    normed ? rsqrtf(square * output.per_input + output.eps) : 1.f;
+                    normed ? rsqrtf((float)square * output.per_input + output.eps) : 1.f;
         }
 #if AHEAD
-        Held x_now = held(now);
+        else
+            x_now = held(now);
 #endif
         slot = slots;
         const int start_at = begin + round < end ? 0 : min(lead, left);
