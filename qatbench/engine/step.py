@@ -49,7 +49,7 @@ def attentions(fused: Fused, rows: int) -> list[Attention]:
         splits = [n for n in (8, 4, 2, 1) if 2 * n * at_least <= 5 * card] or [1]
         if torch.cuda.get_device_capability() < cuda.OVERLAPS:
             splits = [1]
-        shapes = [(2, 4, 4), (4, 4, 3), (4, 8, 2), (8, 8, 2)] if heads == 1 else [
+        shapes = [(2, 4, 4), (2, 8, 3), (4, 8, 2), (4, 12, 2)] if heads == 1 else [
             (2, 4, 2), (1, 4, 2), (2, 4, 1), (1, 4, 1)]  # fmt: skip
         found += [Attention(n, heads, *shape) for n in splits[:2] for shape in shapes]
     return found

@@ -104,7 +104,7 @@ struct Fiber {
 };
 struct Block {
     uint3 index;
-    Meeting all;
+    Meeting all, gifts;  // of bytes from all blocks of a cluster
     std::vector<Meeting> warps;
     std::vector<uint32_t> lanes;  // [warp][turn % 2][value][lane]: what lanes told each other
     std::vector<char> fixed, dynamic;
@@ -371,20 +371,26 @@ static void wait_for_prior() {
     emulator::waited = true;
 }
 #ifdef SPLITS
-static void give(float* shared, int rank, float v) {
+static void expect(u64*, u32 bytes) { emulator::here().gifts.wanted = (int)bytes; }
+static void give(float* shared, int rank, float v, u64*) {
     const size_t at = (char*)shared - __start_block_memory;
     if (rank == emulator::now->block)
         *shared = v;
     else
         memcpy(emulator::blocks[rank].fixed.data() + at, &v, 4);
+    if (!emulator::blocks[rank].gifts.wanted) emulator::fail("a block gets what it does not expect");
+    for (int i = 0; i < 4; ++i) emulator::arrive_at(emulator::blocks[rank].gifts);
+}
+static void wait_for_gifts(u64*) {
+    if (SPLITS > 1)
+        emulator::wait_until(emulator::here().gifts, 1);
+    else
+        __syncthreads();
 }
 static void arrive() {
     if (SPLITS > 1) emulator::arrive_at(emulator::cluster);
 }
 static void wait_for_cluster() {
-    if (SPLITS > 1)
-        emulator::wait_until(emulator::cluster, ++emulator::now->clusters);
-    else
-        __syncthreads();
+    if (SPLITS > 1) emulator::wait_until(emulator::cluster, ++emulator::now->clusters);
 }
 #endif

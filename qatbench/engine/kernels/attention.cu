@@ -89,28 +89,53 @@ __device__ __forceinline__ float dot(const float (&q)[8], const float (&x)[8]) {
     return s;
 }
 
-// Write into another block of the cluster, at the place of `shared` in this one.
-__device__ __forceinline__ void give(float* shared, int rank, float v) {
+// What the blocks of a cluster give each other: each knows how much it is to get, and waits for that
+// much. A release by all, and an acquire, would take a fence of the whole device.
+__device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
 #if SPLITS > 1
-    u32 at = (u32)__cvta_generic_to_shared(shared), there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(v) : "memory");
+    const u32 at = (u32)__cvta_generic_to_shared(barrier);
+    asm volatile(
+        "mbarrier.init.shared.b64 [%0], 1;\n"
+        "fence.mbarrier_init.release.cluster;\n"
+        "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+#endif
+}
+// Into another block, at the place of `shared` in this one.
+__device__ __forceinline__ void give(float* shared, int rank, float v, u64* barrier) {
+#if SPLITS > 1
+    const u32 at = (u32)__cvta_generic_to_shared(shared);
+    const u32 told = (u32)__cvta_generic_to_shared(barrier);
+    asm volatile(
+        "{.reg .b32 to, by;\n"
+        "mapa.shared::cluster.u32 to, %0, %2;\n"
+        "mapa.shared::cluster.u32 by, %1, %2;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %3, [by];}"
+        ::"r"(at), "r"(told), "r"(rank), "f"(v) : "memory");
 #else
     *shared = v;
 #endif
 }
+__device__ __forceinline__ void wait_for_gifts(u64* barrier) {
+#if SPLITS > 1
+    const u32 at = (u32)__cvta_generic_to_shared(barrier);
+    asm volatile(
+        "{.reg .pred there;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 there, [%0], 0;\n"
+        "@!there bra again;}" ::"r"(at) : "memory");
+#else
+    __syncthreads();
+#endif
+}
 
-// All blocks of a cluster, in two halves: what was given before it is there after it.
+// All blocks of a cluster, in two halves: what they expect is written down.
 __device__ __forceinline__ void arrive() {
 #if SPLITS > 1
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void wait_for_cluster() {
 #if SPLITS > 1
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-    __syncthreads();
 #endif
 }
 
@@ -144,7 +169,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int sub = lane / LANES, part = lane % LANES;
     __shared__ float sums[WARPS][G][D], maxima[WARPS][G], weights[WARPS][G];
     __shared__ float pieces[SPLITS][PIECE], most_of[SPLITS][G], weight_of[SPLITS][G];
-    arrive();  // this block has started: others may write into it
+    __shared__ u64 gifts;
+    if (threadIdx.x == 0) expect(&gifts, SPLITS * (PIECE + 2 * G) * sizeof(float));
+    __syncwarp();
+    arrive();  // others may write into this block
 
     const int end = filled[row], first = start[row];  // old keys
     const int share = (end - first + SPLITS - 1) / SPLITS;
@@ -171,6 +199,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             copy_async(first_values + u * THREADS, v + (size_t)(at + u * STEP) * LANES);
         }
     end_of_copies();
+    uint4 a[UNROLL], b[UNROLL];
+    auto load = [&](int next) {
+#pragma unroll
+        for (int u = 0; u < UNROLL; ++u)
+            if (next + u * STEP < to) {
+                a[u] = k[(size_t)(next + u * STEP) * LANES];
+                b[u] = v[(size_t)(next + u * STEP) * LANES];
+            } else {
+                a[u] = b[u] = make_uint4(0, 0, 0, 0);
+            }
+    };
+    load(at + STAGED * STEP);
+    __syncwarp();  // without it the compiler would ask for them where they are needed
+    wait_for_cluster();
     wait_for_prior();
     if (!late) start_dependents();
     const uint4* fresh = (const uint4*)(qkv + (size_t)row * (HEADS + 2) * heads * D);
@@ -222,48 +264,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
         add<1>(s, score, of_value);
     }
-    uint4 a[UNROLL], b[UNROLL];
-    auto attend = [&]() {
+    auto attend = [&](const uint4(&some_keys)[UNROLL], const uint4(&some_values)[UNROLL]) {
         float score[UNROLL][G];
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
             float x[8];
-            unpack(x, a[u]);
+            unpack(x, some_keys[u]);
 #pragma unroll
             for (int g = 0; g < G; ++g) {
                 const float found = dot(q[g], x);
                 score[u][g] = at + u * STEP < to ? found : -1e30f;
             }
         }
-        add<UNROLL>(s, score, b);
+        add<UNROLL>(s, score, some_values);
         at += UNROLL * STEP;
-    };
-    auto load = [&]() {
-#pragma unroll
-        for (int u = 0; u < UNROLL; ++u)
-            if (at + u * STEP < to) {
-                a[u] = k[(size_t)(at + u * STEP) * LANES];
-                b[u] = v[(size_t)(at + u * STEP) * LANES];
-            } else {
-                a[u] = b[u] = make_uint4(0, 0, 0, 0);
-            }
     };
     wait_for_copies<0>();
 #pragma unroll 1
     for (int i = 0; i < STAGED && at - sub < to; i += UNROLL) {
+        uint4 c[UNROLL], d[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u)
             if (at + u * STEP < to) {
-                a[u] = first_keys[(i + u) * THREADS], b[u] = first_values[(i + u) * THREADS];
+                c[u] = first_keys[(i + u) * THREADS], d[u] = first_values[(i + u) * THREADS];
             } else {
-                a[u] = b[u] = make_uint4(0, 0, 0, 0);
+                c[u] = d[u] = make_uint4(0, 0, 0, 0);
             }
-        attend();
+        attend(c, d);
     }
-    load();
     while (at - sub < to) {
-        attend();
-        load();
+        attend(a, b);
+        load(at);
     }
     if (late) start_dependents();
 #pragma unroll
@@ -285,7 +316,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         if (lane == 0) maxima[warp][g] = most, weights[warp][g] = total;
     }
     __syncthreads();
-    if (SPLITS > 1) wait_for_cluster();
     for (int e = threadIdx.x; e < G * D; e += THREADS) {  // the warps of a block
         const int g = e / D, d = e % D;
         float most = -1e30f, weight = 0.f, sum = 0.f;
@@ -296,11 +326,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const float shrink = exp2f(maxima[w][g] - most);
             weight += weights[w][g] * shrink, sum += sums[w][g][d] * shrink;
         }
-        give(&pieces[split][e % PIECE], e / PIECE, sum);
-        if (d < SPLITS) give(&most_of[split][g], d, most), give(&weight_of[split][g], d, weight);
+        give(&pieces[split][e % PIECE], e / PIECE, sum, &gifts);
+        if (d < SPLITS) {
+            give(&most_of[split][g], d, most, &gifts);
+            give(&weight_of[split][g], d, weight, &gifts);
+        }
     }
-    arrive();
-    wait_for_cluster();
+    wait_for_gifts(&gifts);
     for (int e = threadIdx.x; e < PIECE; e += THREADS) {  // the blocks of a cluster
         const int g = (split * PIECE + e) / D;
         float most = -1e30f, weight = 0.f, sum = 0.f;
@@ -311,6 +343,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const float shrink = exp2f(most_of[r][g] - most);
             weight += weight_of[r][g] * shrink, sum += pieces[r][e] * shrink;
         }
-        out[((size_t)row * heads * HEADS + query) * D + split * PIECE + e] = to_bf16(sum / weight);
+        out[((size_t)row * heads * HEADS + query) * D + split * PIECE + e] = to_bf16(__fdividef(sum, weight));
     }
 }
