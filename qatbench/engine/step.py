@@ -19,6 +19,8 @@ from qatbench.engine.weights import Packed
 
 _CHOOSERS = 32  # blocks a row that look for the likeliest token
 _STAGED = 32  # bytes of shared memory for a key and a value of a lane
+_MOST_STAGED = 256 * _STAGED  # of all lanes of a block
+_SUMS = 16 << 10  # bytes of shared memory that attention takes besides, at most
 _PIECE = 16 << 10  # bytes
 _IN_A_ROW = 8  # steps that are a graph of their own: between graphs the device idles
 
@@ -42,16 +44,17 @@ class Attention:
 
 def attentions(fused: Fused, rows: int) -> list[Attention]:
     """All that can run and may be the fastest; the first one is a good guess."""
-    s, card = fused.decoder.sizes, Card.current().multiprocessors
+    s, card = fused.decoder.sizes, Card.current()
     found = []
     for heads in sorted({n for n in (1, 2, 3, 4, 6, 8, s.group) if s.group % n == 0}):
         at_least = rows * s.kv_heads * s.group // heads
-        splits = [n for n in (8, 4, 2, 1) if 2 * n * at_least <= 5 * card] or [1]
+        splits = [n for n in (8, 4, 2, 1) if 2 * n * at_least <= 5 * card.multiprocessors] or [1]
         if torch.cuda.get_device_capability() < cuda.OVERLAPS:
             splits = [1]
         shapes = [(2, 4, 4), (2, 8, 3), (4, 8, 2), (4, 12, 2)] if heads == 1 else [
             (2, 4, 2), (1, 4, 2), (2, 4, 1), (1, 4, 1)]  # fmt: skip
-        found += [Attention(n, heads, *shape) for n in splits[:2] for shape in shapes]
+        every = [Attention(n, heads, *shape) for n in splits[:2] for shape in shapes]
+        found += [form for form in every if form.staged * _MOST_STAGED <= card.shared - _SUMS]
     return found
 
 
