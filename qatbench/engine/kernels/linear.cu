@@ -44,7 +44,9 @@
 #define SUMS (SINGLE ? 2 : 4)  // of a tile and eight columns that a lane has
 #define VECTORS (SPAN / 32)    // of eight inputs that a lane has of a column and span
 #define AHEAD (BITS == 4 && !SINGLE && NT * VECTORS <= 8)  // a span of x is asked for early
-#define BYTES_OF_X (SINGLE && BITS == 4 ? 3 : 2)  // an input
+#define DIGITS (SINGLE && BITS == 4)       // of x, not bf16
+#define BYTES_OF_X (DIGITS ? 3 : 2)        // an input
+#define PIECE_OF_X (DIGITS ? 64 * 3 : 64)  // bytes that a first vector of each lane makes
 
 // One span of a unit on its way. A lane reads what it asked for itself: four lanes ask for the same
 // scales, which is faster than to share them.
@@ -126,13 +128,14 @@ __device__ __forceinline__ void fetch(Slot& slot, Source& s, int K, int lane) {
 }
 
 // A span of the input. If SINGLE it is in shared memory, and only lanes of columns that are some read
-// it, bf16 or three digits; what is in the other columns of the right operand matters to nobody.
+// it: one of bf16, or three of digits; what the other columns of the right operand have matters to
+// nobody.
 struct Input {
 #if SINGLE
     u32 x;                 // a lane's first vector
     const float2* groups;  // BITS 4: the sum of x over a group, and what x was divided by
-    __device__ __forceinline__ uint4 operator()(int, int i, int lane) const {  // BITS 4: 64 inputs
-        return first_lanes<BITS == 4 ? 12 : 4>(x + i * 64 * BYTES_OF_X / (BITS == 4 ? 1 : 2), lane);
+    __device__ __forceinline__ uint4 operator()(int, int piece, int lane) const {
+        return first_lanes<DIGITS ? 12 : 4>(x + piece * PIECE_OF_X, lane);
     }
     __device__ __forceinline__ void go_on(int spans) {
         x += spans * SPAN * BYTES_OF_X, groups += spans * GROUPS_A_SPAN;
@@ -450,10 +453,12 @@ __device__ __forceinline__ void stage(
 // `each`: units of a block, some have one more. `round`: units that a block has sums for at once.
 // `lead`: spans that a warp has left when the next kernel may start and ask for weights of its own; 0:
 // it may when this one's input is there, -1: at once. `held_back`: spans of its first that a warp asks
-// for only after x, which would have to wait for them in the memory's queues. Dynamic shared memory: WARPS * DEPTH slots, sums
-// of round + WARPS pairs, sharers of round units; if SINGLE x, and its sums over groups.
+// for only after x, which would have to wait for them in the memory's queues. Dynamic shared memory:
+// WARPS * DEPTH slots, sums of round + WARPS pairs, sharers of round units; if SINGLE x, and its sums
+// over groups.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
-    Weights W, const uint4* x, Output output, int columns, int each, int round, int lead, int held_back) {
+    Weights W, const uint4* x, Output output, int columns, int each, int round, int lead,
+    int held_back) {
     if (lead < 0) start_dependents();
     extern __shared__ __align__(128) unsigned char memory[];
     __shared__ float factors[NT * 8];
