@@ -343,6 +343,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const float shrink = exp2f(most_of[r][g] - most);
             weight += weight_of[r][g] * shrink, sum += pieces[r][e] * shrink;
         }
-        out[((size_t)row * heads * HEADS + query) * D + split * PIECE + e] = to_bf16(__fdividef(sum, weight));
+        out[((size_t)row * heads * HEADS + query) * D + split * PIECE + e] =
+            to_bf16(__fdividef(sum, weight));
     }
 }

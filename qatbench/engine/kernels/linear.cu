@@ -46,7 +46,7 @@
 #define AHEAD (BITS == 4 && !SINGLE && NT * VECTORS <= 8)  // a span of x is asked for early
 #define DIGITS (SINGLE && BITS == 4)       // of x, not bf16
 #define BYTES_OF_X (DIGITS ? 3 : 2)        // an input
-#define PIECE_OF_X (DIGITS ? 64 * 3 : 64)  // bytes that a first vector of each lane makes
+#define PIECE_OF_X (DIGITS ? 64 * 3 : 64)  // bytes that a read of all lanes takes, if SINGLE
 
 // One span of a unit on its way. A lane reads what it asked for itself: four lanes ask for the same
 // scales, which is faster than to share them.
