@@ -134,20 +134,28 @@ CASES = [("llama", (200,), False), ("llama-128", (33, 7), True), ("qwen2", (70,)
          ("qwen3", (20, 35, 6), False)]  # fmt: skip
 
 
+def begun(
+    family: str, lengths: tuple[int, ...], packed: bool = False
+) -> tuple[FastRunner, Any, Step]:
+    """A runner in torch, what it knows after the prompts, and a step that goes on from there."""
+    reference, model = loaded_of(family, "cpu"), loaded_of(family, "cpu")
+    slow = FastRunner(reference, kernels=False)
+    weights = int4(reference) if packed else {}
+    started = slow.start(prompts(*lengths), 8)
+    cache = started.state.cache
+    fused = Fused(FastRunner(model, kernels=False).decoder, dict(weights))
+    copied = {f.name: getattr(cache, f.name).clone() for f in dataclasses.fields(cache)}
+    step = Step(fused, type(cache)(**copied), started.first.clone(), 8)
+    return slow, started.state, step
+
+
 @pytest.mark.parametrize(("family", "lengths", "packed"), CASES, ids=str)
 @torch.inference_mode()
 def test_steps_are_those_of_torch(
     device: Device, family: str, lengths: tuple[int, ...], packed: bool
 ) -> None:
-    reference, model = loaded_of(family, "cpu"), loaded_of(family, "cpu")
-    slow = FastRunner(reference, kernels=False)
-    weights = int4(reference) if packed else {}
-    started = slow.start(prompts(*lengths), 8)
-    state = started.state
-    fused = Fused(FastRunner(model, kernels=False).decoder, dict(weights))
-    copied = {f.name: getattr(state.cache, f.name).clone() for f in dataclasses.fields(state.cache)}
-    step = Step(fused, type(state.cache)(**copied), started.first.clone(), 8)
-    every = attentions(fused, len(lengths))
+    slow, state, step = begun(family, lengths, packed)
+    every = attentions(step.fused, len(lengths))
     wider = [form for form in every if form.heads > 1] or every
     for i in range(3):
         form = (every[0], wider[-1], wider[0])[i]
@@ -183,6 +191,20 @@ BROKEN: dict[str, tuple[dict[str, str], str]] = {  # what is replaced; what a fa
 }  # fmt: skip
 
 
+def break_source(
+    name: str, replaced: dict[str, str], to: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels come from another folder, one of them changed."""
+    for file in cuda.SOURCES.iterdir():
+        text = file.read_text(encoding="utf-8")
+        for old, new in replaced.items() if file.name == name else ():
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        (to / file.name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(cuda, "SOURCES", to)
+    emulation._library.cache_clear()
+
+
 @pytest.mark.parametrize("what", list(BROKEN))
 def test_a_broken_kernel_is_noticed(
     device: Device, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -197,19 +219,35 @@ def test_a_broken_kernel_is_noticed(
 
     assert wrong() < 3e-5
     replaced, told = BROKEN[what]
-    for file in cuda.SOURCES.iterdir():
-        text = file.read_text(encoding="utf-8")
-        for old, new in replaced.items() if file.name == "linear.cu" else ():
-            assert text.count(old) == 1
-            text = text.replace(old, new)
-        (tmp_path / file.name).write_text(text, encoding="utf-8")
-    monkeypatch.setattr(cuda, "SOURCES", tmp_path)
-    emulation._library.cache_clear()
+    break_source("linear.cu", replaced, tmp_path, monkeypatch)
     if told:
         with pytest.raises(AssertionError, match=told):
             wrong()
     else:
         assert wrong() > 0.01
+    emulation._library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("replaced", "told"),
+    [
+        ({"SPLITS * (PIECE + 2 * G)": "SPLITS * (PIECE + 3 * G)"}, "threads wait for ever"),
+        ({"    if (threadIdx.x == 0) expect(": "    if (threadIdx.x == ~0u) expect("},
+         "a block gets what it does not expect"),
+    ],
+    ids=["expects more", "expects nothing"],
+)  # fmt: skip
+@torch.inference_mode()
+def test_attention_that_expects_something_else_is_noticed(
+    device: Device, replaced: dict[str, str], told: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    _, _, step = begun("llama", (40,))
+    step.chosen.attention = replace(step.chosen.attention, splits=2)
+    step.launch_layers(range(1))
+    break_source("attention.cu", replaced, tmp_path, monkeypatch)
+    with pytest.raises(AssertionError, match=told):
+        step.launch_layers(range(1))
     emulation._library.cache_clear()
 
 

@@ -4,8 +4,8 @@
 // A block takes a share of the keys of one key-value head and one row for G query heads that use it,
 // of HEADS that do; the SPLITS blocks of a head are a cluster and give each other what they found
 // through shared memory: each adds up a piece of the outputs. Only the filled part of the cache is
-// read. A lane's first STAGED keys and values are on their way into shared memory before the kernel
-// before this one has ended: they are older than it.
+// read. A lane's first STAGED keys and values are on their way into shared memory, and UNROLL more into
+// registers, before the kernel before this one has ended: they are older than it.
 //
 // Defined at compilation: D (head size, a multiple of 64), G, HEADS (a multiple of G), WARPS, UNROLL
 // (keys a lane takes at once), STAGED (a multiple of UNROLL), SPLITS (1 before compute capability
