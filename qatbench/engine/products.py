@@ -184,8 +184,7 @@ class Product:
 
     def _taken(self, form: Form, columns: int, card: Card) -> int:
         """Bytes of dynamic shared memory of a block: spans on their way, sums, inputs."""
-        ring = form.depth * self._spans_bytes(form)
-        units = self._round(form, columns, card)
+        units, ring = self._round(form, columns, card), form.depth * self._spans_bytes(form)
         sums = (units + form.warps) * _sums(form, columns) + -(-units // 4) * 16
         return ring + sums + (self._bytes_of_x() if columns == 1 else 0)
 
@@ -264,8 +263,7 @@ class Product:
     def _by_library(self, x: Tensor, output: _Output) -> None:
         w = self.weight
         if isinstance(w, Packed):
-            room = torch.empty(w.rows, w.width, dtype=torch.bfloat16, device=x.device)
-            w = dequantize(w, room)
+            w = dequantize(w, torch.empty(w.rows, w.width, dtype=torch.bfloat16, device=x.device))
         y = F.linear(x, w)
         function = cuda.kernel("small.cu", "after", EPILOGUE=self.epilogue)
         grid = (-(-self.rows // (32 * TILE)), x.shape[0])
