@@ -104,7 +104,7 @@ class _Kind:
 
     take: Callable[[Any], None]
     forms: list[Any]  # that are compared
-    vary: Callable[[Any], list[Any]]  # a form, and with other starts of the next kernel
+    vary: Callable[[Any], list[Any]]  # a form, and with other starts of it and the next kernel
 
     def varied(self) -> list[Any]:
         return [one for form in self.forms for one in self.vary(form)]
@@ -117,6 +117,7 @@ def _most(kind: _Kind) -> int:
 
 
 def _led(form: Form, earliest: int) -> list[Form]:
+    """Every lead, and half of the first spans held back."""
     if form == LIBRARY:
         return [form]
     leads = {*range(earliest, 2), form.depth // 2, form.depth, 2 * form.depth}

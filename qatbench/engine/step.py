@@ -19,8 +19,7 @@ from qatbench.engine.weights import Packed
 
 _CHOOSERS = 32  # blocks a row that look for the likeliest token
 _STAGED = 32  # bytes of shared memory for a key and a value of a lane
-_MOST_STAGED = 256 * _STAGED  # of all lanes of a block
-_SUMS = 16 << 10  # bytes of shared memory that attention takes besides, at most
+_RESERVED = 2 << 10  # bytes of shared memory a block that are the system's, or for a few numbers
 _PIECE = 16 << 10  # bytes
 _IN_A_ROW = 8  # steps that are a graph of their own: between graphs the device idles
 
@@ -54,8 +53,20 @@ def attentions(fused: Fused, rows: int) -> list[Attention]:
         shapes = [(2, 4, 4), (2, 8, 3), (4, 8, 2), (4, 12, 2)] if heads == 1 else [
             (2, 4, 2), (1, 4, 2), (2, 4, 1), (1, 4, 1)]  # fmt: skip
         every = [Attention(n, heads, *shape) for n in splits[:2] for shape in shapes]
-        found += [form for form in every if form.staged * _MOST_STAGED <= card.shared - _SUMS]
+        sums = 4 * (_warps(heads, s.head) + 1) * heads * s.head
+        most = card.shared - _RESERVED - sums
+        found += [form for form in every if _staged(form, s.head) <= most]
     return found
+
+
+def _warps(heads: int, head: int) -> int:
+    """Of a block of attention: their sums fit into shared memory."""
+    return 8 if heads * head <= 1024 else 4
+
+
+def _staged(form: Attention, head: int) -> int:
+    """Bytes of dynamic shared memory of a block of attention."""
+    return form.staged * _warps(form.heads, head) * 32 * _STAGED
 
 
 @dataclass
@@ -131,19 +142,15 @@ class Step:
 
     def attention_kernel(self, form: Attention, norms: bool) -> cuda.Kernel:
         """Attention in a form."""
-        shared = form.staged * self._warps(form) * 32 * _STAGED
+        shared = _staged(form, self.fused.decoder.sizes.head)
         defines = self.attention_defines(form, norms)
         return cuda.kernel("attention.cu", "attention", shared=shared, **defines)
-
-    def _warps(self, form: Attention) -> int:
-        """Of a block of attention: their sums fit into shared memory."""
-        return 8 if form.heads * self.fused.decoder.sizes.head <= 1024 else 4
 
     def attention_defines(self, form: Attention, norms: bool) -> dict[str, int]:
         """What its source is compiled with."""
         s = self.fused.decoder.sizes
         return {
-            "D": s.head, "G": form.heads, "HEADS": s.group, "WARPS": self._warps(form),
+            "D": s.head, "G": form.heads, "HEADS": s.group, "WARPS": _warps(form.heads, s.head),
             "SPLITS": form.splits, "UNROLL": form.unroll, "STAGED": form.staged,
             "BLOCKS": form.blocks, "HEADNORM": int(norms),
         }  # fmt: skip
@@ -153,7 +160,7 @@ class Step:
         kernel = self.attention_kernel(form, layer.q_norm is not None)
         grid = (form.splits, s.kv_heads * s.group // form.heads, len(self.token))
         kernel(
-            grid, 32 * self._warps(form), self.qkv, cache.keys[index], cache.values[index],
+            grid, 32 * _warps(form.heads, s.head), self.qkv, cache.keys[index], cache.values[index],
             self.rope, cache.filled, cache.start, cache.turned, layer.q_norm, layer.k_norm,
             ctypes.c_float(s.eps), self.seen, ctypes.c_int(cache.length),
             ctypes.c_float(math.log2(math.e) / math.sqrt(s.head)), ctypes.c_int(form.late),

@@ -296,12 +296,6 @@ static u16 rounded_bf16(float v) {
     return (u16)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 static float widened_bf16(u16 v) { return __uint_as_float((u32)v << 16); }
-static u16 rounded_half(float v) {
-    const _Float16 h = (_Float16)v;
-    u16 bits;
-    memcpy(&bits, &h, 2);
-    return bits;
-}
 static float widened_half(u16 bits) {
     _Float16 h;
     memcpy(&h, &bits, 2);
@@ -310,10 +304,9 @@ static float widened_half(u16 bits) {
 static u32 bf16_pair(float a, float b) { return rounded_bf16(a) | (u32)rounded_bf16(b) << 16; }
 static float half_low(u32 pair) { return widened_half((u16)pair); }
 static float half_high(u32 pair) { return widened_half((u16)(pair >> 16)); }
-template <u32 MASK, u32 OVER>
-static u32 fields(u32 word) { return (word & MASK) ^ OVER; }
+static u32 raised(u32 word) { return (word & 0x000F000Fu) ^ 0x43084308u; }
 static u32 integers(u32 word, u32 minus) {
-    const u32 r = fields<0x000F000Fu, 0x43084308u>(word);
+    const u32 r = raised(word);
     return bf16_pair(widened_bf16((u16)r) + widened_bf16((u16)minus),
                      widened_bf16((u16)(r >> 16)) + widened_bf16((u16)(minus >> 16)));
 }

@@ -91,7 +91,7 @@ def cases(
     every: list[tuple[Product, Tensor | None, Tensor, float]] = [
         (Product(weight, STORE, bias), squares, normed + bias.double(), TWICE),
         (Product(weight, RESIDUAL), None, y + before.double(), TWICE),
-        # One column: fp32 sums of up to 256 + 15 times x, of which 15 times x is what counts.
+        # Up to eight columns: fp32 sums of up to 128 + 15 times x, of which 15 times x counts.
         (Product(weight, LOGITS), squares, normed, 3e-5),
         (Product(paired, SWIGLU), squares, F.silu(gate) * up, TWICE),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from qatbench.engine.step import Step, attentions
 from qatbench.engine.weights import pack
 from qatbench.quant.packing import Affine
 
+Break = Callable[[str, dict[str, str]], None]
 pytestmark = pytest.mark.skipif(not emulation.COMPILER, reason="needs g++")
 
 
@@ -191,24 +193,26 @@ BROKEN: dict[str, tuple[dict[str, str], str]] = {  # what is replaced; what a fa
 }  # fmt: skip
 
 
-def break_source(
-    name: str, replaced: dict[str, str], to: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Kernels come from another folder, one of them changed."""
-    for file in cuda.SOURCES.iterdir():
-        text = file.read_text(encoding="utf-8")
-        for old, new in replaced.items() if file.name == name else ():
-            assert text.count(old) == 1
-            text = text.replace(old, new)
-        (to / file.name).write_text(text, encoding="utf-8")
-    monkeypatch.setattr(cuda, "SOURCES", to)
+@pytest.fixture
+def break_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Break]:
+    """Kernels come from another folder then, one of them changed."""
+
+    def changed(name: str, replaced: dict[str, str]) -> None:
+        for file in cuda.SOURCES.iterdir():
+            text = file.read_text(encoding="utf-8")
+            for old, new in replaced.items() if file.name == name else ():
+                assert text.count(old) == 1
+                text = text.replace(old, new)
+            (tmp_path / file.name).write_text(text, encoding="utf-8")
+        monkeypatch.setattr(cuda, "SOURCES", tmp_path)
+        emulation._library.cache_clear()
+
+    yield changed
     emulation._library.cache_clear()
 
 
 @pytest.mark.parametrize("what", list(BROKEN))
-def test_a_broken_kernel_is_noticed(
-    device: Device, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_kernel_is_noticed(device: Device, what: str, break_source: Break) -> None:
     torch.manual_seed(0)
     a = affine(96, 512, 128, False, "cpu")
     x = torch.randn(1, 512).bfloat16()
@@ -219,13 +223,12 @@ def test_a_broken_kernel_is_noticed(
 
     assert wrong() < 3e-5
     replaced, told = BROKEN[what]
-    break_source("linear.cu", replaced, tmp_path, monkeypatch)
+    break_source("linear.cu", replaced)
     if told:
         with pytest.raises(AssertionError, match=told):
             wrong()
     else:
         assert wrong() > 0.01
-    emulation._library.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -239,16 +242,14 @@ def test_a_broken_kernel_is_noticed(
 )  # fmt: skip
 @torch.inference_mode()
 def test_attention_that_expects_something_else_is_noticed(
-    device: Device, replaced: dict[str, str], told: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    device: Device, replaced: dict[str, str], told: str, break_source: Break
+) -> None:
     _, _, step = begun("llama", (40,))
     step.chosen.attention = replace(step.chosen.attention, splits=2)
     step.launch_layers(range(1))
-    break_source("attention.cu", replaced, tmp_path, monkeypatch)
+    break_source("attention.cu", replaced)
     with pytest.raises(AssertionError, match=told):
         step.launch_layers(range(1))
-    emulation._library.cache_clear()
 
 
 def test_functions_in_assembly_are_left_out() -> None:

@@ -153,6 +153,7 @@ def measured_engines() -> tuple[Any, Any]:
 def test_the_engine_is_told_as_it_was_measured(measured_engines: tuple[Any, Any]) -> None:
     record, other = measured_engines
     (model,), (small,) = record["models"], other["models"]
+    assert (list(model["decode"]), list(small["decode"])) == (["1", "8"], ["1"])
     one, eight, prefill = model["decode"]["1"], model["decode"]["8"], model["prefill"]
     told = {f"one {record['device']}", f"{record['copy_gb_per_second']:.0f} GB/s"}
     told |= engine_table(model) | engine_table(small)

@@ -38,15 +38,12 @@ __device__ __forceinline__ u32 times(u32 a, u32 b) {
 __device__ __forceinline__ u32 turned(u32 word, int bits) {
     return __funnelshift_r(word, word, bits);
 }
-// Some bits of a word, and others turned over.
-template <u32 MASK, u32 OVER>
-__device__ __forceinline__ u32 fields(u32 word) {
+// The last bits of both halves as bf16 integers 128 + field.
+__device__ __forceinline__ u32 raised(u32 word) {
     u32 r;
-    asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(r) : "r"(word), "n"(MASK), "n"(OVER));
+    asm("lop3.b32 %0, %1, 0x000F000F, 0x43084308, 0x6A;" : "=r"(r) : "r"(word));  // and, xor
     return r;
 }
-// The last bits of both halves as bf16 integers 128 + field.
-__device__ __forceinline__ u32 raised(u32 word) { return fields<0x000F000Fu, 0x43084308u>(word); }
 // Less their zero points: `minus` is -(128 + zero); the difference is exact.
 __device__ __forceinline__ u32 integers(u32 word, u32 minus) {
     u32 r = raised(word);
