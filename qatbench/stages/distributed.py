@@ -12,6 +12,7 @@ all else (embeddings, head, vision, log-scales) is small and lies whole in every
 from __future__ import annotations
 
 import atexit
+import gc
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -140,6 +141,9 @@ def join(device: str | None) -> World:
         return ALONE
     from accelerate import PartialState
 
+    # Its functions' defaults are the group of the import: later they would keep the group for good.
+    from torch.distributed.nn import functional  # noqa: F401
+
     if device not in (None, "cpu", "cuda"):
         raise UsageError(
             f"--device {device} for several processes", hint="each takes its own: leave it out"
@@ -156,8 +160,12 @@ def join(device: str | None) -> World:
 
 
 def _leave() -> None:
-    """End the group while its threads can still be ended: at exit they would abort the process."""
+    """End the group while its threads can still be ended.
+
+    A thread that lets go of a tensor while the interpreter ends aborts the process.
+    """
     if dist.is_initialized():
+        gc.collect()  # sharded modules hold the group, in cycles
         dist.destroy_process_group()
 
 
@@ -188,6 +196,7 @@ def shard(loaded: Loaded, world: World) -> None:
 
     model = loaded.model
     mesh = init_device_mesh(torch.device(world.device or "cpu").type, (world.size,))
+    atexit.register(cast(Any, mesh)._pg_registry.clear)  # the mesh stays in caches, with the group
     blocks = model.get_submodule(loaded.arch.layers)
     inside = {p for n, p in blocks.named_parameters() if not n.endswith("log_scale")}
     outside = {p for p in model.parameters() if p not in inside}

@@ -5,6 +5,7 @@ Run as a script, this file is one of the processes of a launcher.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
@@ -72,6 +73,11 @@ def process(job: dict[str, str]) -> None:
         share = sum(part.numel() for part in parts) / before
         sys.stderr.write(f"holds {share:.2f} of the weights\n")
 
+    def ended() -> None:
+        names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+        sys.stderr.write(f"threads of a group: {sum('gloo' in name for name in names)}\n")
+
+    atexit.register(ended)  # before a group is joined, hence after it was left
     real, distributed.shard = distributed.shard, shard
     request = replace(asked(job["model"], job["data"]), checkpointing="checkpointing" in job)
     if "pairs" in job:
@@ -136,6 +142,7 @@ def test_two_processes_train_as_one_does(job: dict[str, str], alone: Path) -> No
     assert done.stdout.count("finished") == 2
     assert "[0] Training" in done.stderr
     assert "[1]" not in done.stderr  # the other is silent
+    assert done.stderr.count("threads of a group: 0") == 2, done.stderr
     assert not (Path(job["out"]) / "state").exists()
 
 
@@ -168,6 +175,7 @@ def test_sharded_processes_train_as_one_does_and_resume(job: dict[str, str], alo
     assert [p.name for p in (out / "state").glob("step-*")] == ["step-0000002"], killed.stderr
     done = two_processes(job | {"resume": "yes", "checkpointing": "yes"}, *fsdp)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("threads of a group: 0") == 2, done.stderr
     # four times, student and teacher of each process; the rest is embeddings, head and vision
     assert done.stderr.count("holds 0.7") == 4, done.stderr
     assert_same_training(out, alone)
