@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qatbench.engine import cuda, forms
 from qatbench.engine.decoder import Cache, Decoder, torch_step
-from qatbench.engine.fused import Fused
+from qatbench.engine.fused import Fused, check
 from qatbench.engine.plain import held_bytes
 from qatbench.engine.products import shared_by
 from qatbench.engine.runner import Direct, Started
@@ -160,8 +160,8 @@ def load(
     On CUDA packed weights stay packed and bf16 is what runs. Elsewhere the model's own linears run,
     those of a packed checkpoint as `pick_kernel` says; `kernel` names their class.
 
-    Raises: as `vlm.load.load`; UsageError for what the engine does not run; before anything is
-        loaded PrerequisiteError where the kernels cannot be compiled for the device.
+    Raises: as `vlm.load.load`; UsageError for what the engine does not run, and on CUDA
+        PrerequisiteError where kernels cannot be compiled, both before any weight is loaded there.
     """
     if device.startswith("cuda"):
         _check(folder, device, dtype)
@@ -174,7 +174,7 @@ def load(
 
 
 def _check(folder: ModelFolder, device: str, dtype: torch.dtype) -> None:
-    """Refuse what the kernels do not run, before anything is loaded."""
+    """Refuse what the kernels do not run, before any weight is loaded."""
     bits = (folder.quantization or {}).get("bits", 4)
     if bits != 4:
         raise UsageError(f"{folder.path}: the engine runs 16 and 4 bits on CUDA, not {bits}",
@@ -183,3 +183,5 @@ def _check(folder: ModelFolder, device: str, dtype: torch.dtype) -> None:
         raise UsageError(f"the engine runs bfloat16 on CUDA, not {dtype}",
                          hint="--dtype bfloat16, or --engine transformers")  # fmt: skip
     cuda.check(device)
+    packed = folder.quantization
+    check(Decoder(models.load_hollow(folder)), int(packed["group_size"]) if packed else None)

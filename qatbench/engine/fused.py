@@ -8,7 +8,8 @@ its squares, who multiplies divides by their root (`linear.cu`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from qatbench.engine.products import (
     Product,
     dequantize,
 )
-from qatbench.engine.weights import CHUNK, TILE, Packed, pack
+from qatbench.engine.weights import CHUNK, TILE, Packed, check_shape, pack
 from qatbench.errors import ShapeError, UsageError
 from qatbench.quant.packing import Affine
 
@@ -93,11 +94,44 @@ def _weights(layer: Any, part: str, names: tuple[str, ...]) -> int:
     return sum(module.in_features * module.out_features for module in modules)
 
 
-def _check(decoder: Decoder) -> None:
-    """Refuse what the kernels would compute wrongly.
+def check(decoder: Decoder, group: int | None = None) -> None:
+    """Refuse what the kernels would compute wrongly. The model may be on `meta`.
+
+    Args:
+        decoder: whose layers are alike.
+        group: inputs that share a scale of INT4 weights; -1: all of an output's; None: bf16.
 
     Raises: UsageError.
     """
+    _check_sizes(decoder)
+    layer = decoder.layers[0]
+    for part, names in JOINED:
+        modules = [getattr(getattr(layer, part), name) for name in names]
+        if _paired(names) and any(module.bias is not None for module in modules):
+            raise UsageError("gate and up with a bias are not supported by the engine",
+                             hint="--engine transformers")  # fmt: skip
+        if group is None:
+            continue
+        out, width = sum(module.out_features for module in modules), modules[0].in_features
+        with _refused(f"{decoder.prefix}.0.{part}.{names[0]}"):
+            check_shape(out, width, width if group == -1 else group, _paired(names))
+
+
+def _paired(names: tuple[str, ...]) -> bool:
+    """Whether a tile holds outputs of two linears, as of gate and up."""
+    return names[0] == "gate_proj"
+
+
+@contextlib.contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """Say whose weights have a shape that kernels do not take."""
+    try:
+        yield
+    except ShapeError as error:
+        raise UsageError(f"{name}: {error.message}", hint="--engine transformers") from error
+
+
+def _check_sizes(decoder: Decoder) -> None:
     s, hint = decoder.sizes, "--engine transformers"
     if s.head not in HEADS or s.hidden % CHUNK:
         raise UsageError(
@@ -128,7 +162,7 @@ class Fused:
 
     def __init__(self, decoder: Decoder, packed: dict[str, Affine]) -> None:
         self.decoder = decoder
-        _check(decoder)
+        check(decoder)
         device = decoder.head.weight.device
         self.int4 = bool(packed)
         sizes = [_weights(layer, *joined) for layer in decoder.layers for joined in JOINED]
@@ -142,10 +176,7 @@ class Fused:
 
     def _layer(self, index: int, layer: Any, packed: dict[str, Affine]) -> Layer:
         joined = [self._join(index, layer, part, names, packed) for part, names in JOINED]
-        (qkv, bias), (out, out_bias), (gate_up, inner_bias), (down, down_bias) = joined
-        if inner_bias is not None:
-            raise UsageError("gate and up with a bias are not supported by the engine",
-                             hint="--engine transformers")  # fmt: skip
+        (qkv, bias), (out, out_bias), (gate_up, _), (down, down_bias) = joined
         whole = self._whole()
         norms = (getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm"))
         q_norm, k_norm = (None if norm is None else norm.weight.data for norm in norms)
@@ -178,11 +209,8 @@ class Fused:
         if all(here):
             affine = [packed.pop(key) for key in keys]
             joined = Affine(*(torch.cat(fields) for fields in zip(*affine, strict=True)))
-            try:
-                weight = pack(joined, paired=part == "mlp" and len(names) == 2)
-            except ShapeError as error:
-                told = f"{keys[0]}: {error.message}"
-                raise UsageError(told, hint="--engine transformers") from error
+            with _refused(keys[0]):
+                weight = pack(joined, paired=_paired(names))
             for name, module, first, count in zip(names, modules, starts, counts, strict=True):
                 linear = PackedLinear(weight, self.room, first, count, module.bias)
                 setattr(owner, name, linear)

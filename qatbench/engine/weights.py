@@ -50,21 +50,29 @@ class Packed:
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
-def pack(linear: Affine, *, paired: bool = False) -> Packed:
-    """Reorder a linear's fields; the values stay what they are.
+def check_shape(out: int, width: int, group: int, paired: bool) -> None:
+    """Refuse what `pack` cannot reorder.
 
     Raises: ShapeError if out is no multiple of 16 (32 if paired), in none of 64, or the group size
-        none of 32.
+        neither 32 nor a multiple of 64.
     """
-    out, width = linear.fields.shape
-    groups = linear.scales.shape[1]
-    group = width // groups
     need = 2 * TILE if paired else TILE
     if out % need or width % CHUNK or group % 32 or (group % CHUNK and CHUNK % group):
         raise ShapeError(
             f"the engine's kernels do not take {out} x {width} in groups of {group}",
-            hint=f"outputs: a multiple of {need}; inputs: of {CHUNK}; groups: of 32",
+            hint=f"outputs: a multiple of {need}; inputs: of {CHUNK}; groups: 32 or of {CHUNK}",
         )
+
+
+def pack(linear: Affine, *, paired: bool = False) -> Packed:
+    """Reorder a linear's fields; the values stay what they are.
+
+    Raises: ShapeError as `check_shape`.
+    """
+    out, width = linear.fields.shape
+    groups = linear.scales.shape[1]
+    group = width // groups
+    check_shape(out, width, group, paired)
     largest = next(size for size in (128, 64, 32) if group % size == 0)
     alike = group // largest
     zero_points, scales = (part.repeat_interleave(alike, 1) for part in linear[1:])

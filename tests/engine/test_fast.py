@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -227,10 +228,10 @@ def test_shapes_that_kernels_do_not_take(part: str, value: Any, said: str) -> No
     decoder: Any = SimpleNamespace(
         sizes=SimpleNamespace(**sizes), inner=SimpleNamespace(config=SimpleNamespace(**config))
     )
-    fused._check(decoder)
+    fused._check_sizes(decoder)
     setattr(decoder.sizes if part in sizes else decoder.inner.config, part, value)
     with pytest.raises(UsageError, match=said) as error:
-        fused._check(decoder)
+        fused._check_sizes(decoder)
     assert error.value.hint == "--engine transformers"
 
 
@@ -290,6 +291,45 @@ def test_widths_and_dtypes_are_refused_before_anything_is_loaded(
     for folder in (unread(), three):
         with pytest.raises(AssertionError, match="loaded"):
             fast.load(folder, device="cpu", dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("group", "settings", "told"),
+    [
+        (96, {}, r"layers.0.self_attn.q_proj: .* 1152 x 384 in groups of 96"),
+        (128, {"intermediate_size": 352}, r"layers.0.mlp.down_proj: .* 384 x 352 in groups of 128"),
+        (None, {"mlp_bias": True}, "gate and up with a bias"),
+    ],
+    ids=["group", "width", "bias"],
+)
+def test_what_kernels_do_not_take_is_known_without_weights(
+    group: int | None, settings: dict[str, Any], told: str
+) -> None:
+    sizes = {"hidden_size": 384, "intermediate_size": 768, "num_attention_heads": 6} | settings
+    config = transformers.LlamaConfig(num_hidden_layers=2, vocab_size=64, **sizes)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    folder = ModelFolder("tiny", Path(), config.to_dict(), {})
+    decoder = Decoder(Loaded(folder, model, SimpleNamespace(), None, "none"))
+    with pytest.raises(UsageError, match=told) as error:
+        fused.check(decoder, group)
+    assert error.value.hint == "--engine transformers"
+    if group == 96:
+        fused.check(decoder, 128)
+        fused.check(decoder, -1)
+        fused.check(decoder)
+
+
+def test_shapes_are_refused_before_any_weight_is_loaded(
+    source: Callable[[str], ModelFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast.cuda, "check", lambda device: None)
+    for name in ("load", "load_state"):
+        monkeypatch.setattr(models, name, lambda *given, **how: pytest.fail("loaded"))
+    for name in ("text", "llava"):
+        with pytest.raises(UsageError, match="take heads of 64, 128 or 256") as error:
+            fast.load(source(name), device="cuda", dtype=torch.bfloat16)
+        assert error.value.hint == "--engine transformers"
 
 
 def test_packed_fields_are_for_the_kernels_alone(load: Load) -> None:
