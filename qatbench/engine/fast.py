@@ -21,7 +21,7 @@ from qatbench.quant.packing import Affine
 from qatbench.vlm import load as models
 from qatbench.vlm.batch import Encoded, arithmetic
 from qatbench.vlm.generate import begin, tell
-from qatbench.vlm.hollow import load_around
+from qatbench.vlm.hollow import hollow_model, load_around
 from qatbench.vlm.kernel import pick_kernel
 from qatbench.vlm.load import Loaded, ModelFolder
 from qatbench.vlm.packed import affine_state
@@ -183,5 +183,5 @@ def _check(folder: ModelFolder, device: str, dtype: torch.dtype) -> None:
         raise UsageError(f"the engine runs bfloat16 on CUDA, not {dtype}",
                          hint="--dtype bfloat16, or --engine transformers")  # fmt: skip
     cuda.check(device)
-    packed = folder.quantization
-    check(Decoder(models.load_hollow(folder)), int(packed["group_size"]) if packed else None)
+    hollow = Loaded(folder, hollow_model(folder), None, None, "none")
+    check(Decoder(hollow), (folder.quantization or {}).get("group_size"))

@@ -23,8 +23,9 @@ from qatbench.errors import PrerequisiteError, UsageError
 from qatbench.tasks.images import open_rgb
 from qatbench.vlm.batch import Encoded
 from qatbench.vlm.counts import cached_bytes
+from qatbench.vlm.hollow import load_hollow
 from qatbench.vlm.layout import image_token
-from qatbench.vlm.load import Loaded, ModelFolder, load_hollow
+from qatbench.vlm.load import Loaded, ModelFolder
 
 ENGINE = "vllm"
 WRITTEN_FOR = "0.33"

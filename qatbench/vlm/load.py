@@ -194,17 +194,7 @@ def load(
     return Loaded(folder, model.to(device).eval(), tokenizer, processor, kernel)
 
 
-def load_hollow(folder: ModelFolder) -> Loaded:
-    """All but the weights, for prompts that an engine of its own runs: the model is on `meta`."""
-    quiet_libraries()
-    config = _dense_config(folder)
-    with torch.device("meta"):
-        model = getattr(transformers, folder.arch.model_class)(config)
-    tokenizer, processor = load_tokenizer(folder)
-    return Loaded(folder, model, tokenizer, processor, "none")
-
-
-def _dense_config(folder: ModelFolder) -> Any:
+def dense_config(folder: ModelFolder) -> Any:
     """The folder's config without its quantization."""
     config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
@@ -260,7 +250,7 @@ def load_state(
     folder: ModelFolder, state: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> tuple[Any, dict[str, Any]]:
     """A dense model of the folder's config from these tensors, with transformers' loading info."""
-    config = _dense_config(folder)
+    config = dense_config(folder)
     model, info = getattr(transformers, folder.arch.model_class).from_pretrained(
         None,
         config=config,

@@ -20,7 +20,7 @@ from qatbench.engine.fused import Fused
 from qatbench.engine.plain import PlainRunner
 from qatbench.engine.products import LIBRARY, Card, Product
 from qatbench.engine.runner import Runner
-from qatbench.errors import UsageError
+from qatbench.errors import ArtifactError, UsageError
 from qatbench.quant.packing import Affine
 from qatbench.vlm import kernel
 from qatbench.vlm import load as models
@@ -330,6 +330,26 @@ def test_shapes_are_refused_before_any_weight_is_loaded(
         with pytest.raises(UsageError, match="take heads of 64, 128 or 256") as error:
             fast.load(source(name), device="cuda", dtype=torch.bfloat16)
         assert error.value.hint == "--engine transformers"
+
+
+@pytest.mark.parametrize("settings", [{"group_size": 96}, {"quant_method": "another"}], ids=str)
+def test_a_format_without_groups_is_left_to_whoever_unpacks(
+    settings: dict[str, Any], source: Callable[[str], ModelFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(fast.cuda, "check", lambda device: None)
+    monkeypatch.setattr(fast, "check", lambda decoder, group: asked.append(group))
+    monkeypatch.setattr(fast, "load_around", lambda *given: pytest.fail("loaded"))
+    text = source("text")
+    packed = ModelFolder("tiny", text.path, text.config | {"quantization_config": settings}, {})
+
+    def unpack(*given: Any) -> Any:
+        raise ArtifactError("cannot unpack")
+
+    monkeypatch.setattr(fast, "affine_state", unpack)
+    with pytest.raises(ArtifactError, match="cannot unpack"):
+        fast.load(packed, device="cuda", dtype=torch.bfloat16)
+    assert asked == [settings.get("group_size")]
 
 
 def test_packed_fields_are_for_the_kernels_alone(load: Load) -> None:
