@@ -24,9 +24,9 @@ from qatbench import store
 from qatbench.errors import PrerequisiteError
 
 SOURCES = Path(__file__).parent / "kernels"
-COMMON = "common.cuh"
 LEAST = (8, 0)  # compute capability: bf16 products
 CARVEOUT = 100  # percent of the first cache that is shared memory: all that can be
+PORTABLE = 8  # blocks of a cluster that every device with clusters can run
 OVERLAPS = (9, 0)  # from here on a kernel may start before its predecessor has ended
 
 
@@ -39,6 +39,7 @@ class Kernel:
     overlaps: bool
     shared: int  # bytes of dynamic shared memory
     spilled: int  # bytes a thread that found no room in registers
+    fits: bool  # whether a cluster of its blocks can run, if it has clusters
 
     def __call__(self, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         """Launch on the current stream.
@@ -109,13 +110,33 @@ def _kernel(
     kinds = driver.CUfunction_attribute
     limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     used = _done(driver.cuFuncGetAttribute(kinds.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function))
-    for kind, value in (
+    settings = [
         (kinds.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, CARVEOUT),
         (kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, limit - used),
-    ):
+    ]
+    known = dict(defines)
+    wide = known.get("SPLITS", 1) > PORTABLE
+    if wide:
+        settings.append((kinds.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1))
+    for kind, value in settings:
         _done(driver.cuFuncSetAttribute(function, kind, value))
     spilled = _done(driver.cuFuncGetAttribute(kinds.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function))
-    return Kernel(function, name, capability >= OVERLAPS, shared, spilled)
+    fits = not wide or _clusters(function, known["SPLITS"], 32 * known["WARPS"], shared) > 0
+    return Kernel(function, name, capability >= OVERLAPS, shared, spilled, fits)
+
+
+def _clusters(function: Any, blocks: int, threads: int, shared: int) -> int:
+    """How many clusters of so many blocks the device can run at a time."""
+    driver = _binding("driver")
+    attribute, config = driver.CUlaunchAttribute(), driver.CUlaunchConfig()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    cluster = attribute.value.clusterDim
+    cluster.x, cluster.y, cluster.z = blocks, 1, 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared
+    config.attrs, config.numAttrs = [attribute], 1
+    return int(_done(driver.cuOccupancyMaxActiveClusters(function, config)))
 
 
 @functools.cache
@@ -127,9 +148,14 @@ def _module(
     return _done(_binding("driver").cuModuleLoadData(image))
 
 
+def headers() -> dict[str, bytes]:
+    """What sources may include, by name."""
+    return {file.name: file.read_bytes() for file in sorted(SOURCES.glob("*.cuh"))}
+
+
 def digest(source: str) -> str:
     """Of a source with what it includes: eight hexadecimal digits."""
-    code = (SOURCES / source).read_bytes() + (SOURCES / COMMON).read_bytes()
+    code = b"".join([(SOURCES / source).read_bytes(), *headers().values()])
     return hashlib.sha256(code).hexdigest()[:8]
 
 
@@ -139,17 +165,17 @@ def binary(source: str, defines: Mapping[str, int], capability: tuple[int, int])
     Raises: PrerequisiteError if NVRTC is missing or refuses the source.
     """
     code = (SOURCES / source).read_bytes()
-    common = (SOURCES / COMMON).read_bytes()
     nvrtc = _binding("nvrtc")
     version = _version(nvrtc)
     options = [f"-D{key}={value}" for key, value in sorted(defines.items())]
     options += [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "-std=c++17"]
-    parts = b"\0".join([code, common, version.encode(), *map(str.encode, options)])
+    included = headers()
+    parts = b"\0".join([code, *included.values(), version.encode(), *map(str.encode, options)])
     name = f"{Path(source).stem}-{hashlib.sha256(parts).hexdigest()[:20]}.cubin"
     file = store.cache_folder() / "kernels" / name
     if file.exists():
         return file.read_bytes()
-    image = _compiled(nvrtc, source, code, common, options)
+    image = _compiled(nvrtc, source, code, included, options)
     store.write_bytes(file, image)
     return image
 
@@ -173,8 +199,13 @@ def _version(nvrtc: Any) -> str:
         ) from error
 
 
-def _compiled(nvrtc: Any, source: str, code: bytes, common: bytes, options: list[str]) -> bytes:
-    program = _done(nvrtc.nvrtcCreateProgram(code, source.encode(), 1, [common], [COMMON.encode()]))
+def _compiled(
+    nvrtc: Any, source: str, code: bytes, included: Mapping[str, bytes], options: list[str]
+) -> bytes:
+    names = [name.encode() for name in included]
+    program = _done(
+        nvrtc.nvrtcCreateProgram(code, source.encode(), len(names), list(included.values()), names)
+    )
     status = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])[0]
     if int(status):
         log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))

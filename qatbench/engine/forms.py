@@ -19,15 +19,16 @@ import torch
 
 from qatbench import store
 from qatbench.engine import cuda
+from qatbench.engine.attention import RESTS, Attention, attentions
 from qatbench.engine.products import LIBRARY, Card, Form, Product, compile_all, shared_by
-from qatbench.engine.step import Attention, Chosen, Step, attentions
+from qatbench.engine.step import Chosen, Step
 
 LAYERS = 12  # of a step that is timed
 STEPS, REPEATS = 8, 3
 AGAIN = 4  # of each kind, that are compared again
 NEAR = (0, 2, 4, 8)  # KB, see `Attention`
 FEW = 16  # bytes a thread that may lie outside registers
-_SOURCES = ("linear.cu", "attention.cu")
+_SOURCES = ("linear.cu", "attention.cu", "grouped.cu")
 
 
 def choose(step: Step, progress: Callable[[int, int], None] | None = None) -> Chosen:
@@ -131,8 +132,8 @@ def _held(form: Form) -> list[Form]:
 
 
 def _nearer(form: Attention) -> list[Attention]:
-    both = itertools.product((False, True), NEAR)
-    return [replace(form, late=late, near=near) for late, near in both]
+    every = itertools.product((False, True), NEAR, RESTS if form.warps else (0,))
+    return [replace(form, late=late, near=near, rest=rest) for late, near, rest in every]
 
 
 def _take_form(step: Step, alike: list[Product], form: Form) -> None:
@@ -162,6 +163,10 @@ def _without_spills(product: Product, rows: int) -> list[Form]:
 def _attentions_without_spills(step: Step, rows: int) -> list[Attention]:
     every = attentions(step.fused, rows)
     norms = step.fused.layers[0].q_norm is not None
-    cuda.compile_all(("attention.cu", step.attention_defines(form, norms)) for form in every)
-    spilled = {form: step.attention_kernel(form, norms).spilled for form in every}
-    return [form for form in every if spilled[form] <= max(FEW, min(spilled.values()))]
+    sizes = step.fused.decoder.sizes
+    cuda.compile_all(
+        (form.source[0], form.defines(sizes.group, sizes.head, norms)) for form in every
+    )
+    kernels = {form: step.attention_kernel(form, norms) for form in every}
+    most = max(FEW, min(kernel.spilled for kernel in kernels.values()))
+    return [form for form, kernel in kernels.items() if kernel.spilled <= most and kernel.fits]

@@ -12,61 +12,13 @@ import torch
 from torch import Tensor
 
 from qatbench.engine import cuda
+from qatbench.engine.attention import Attention, attentions, later
 from qatbench.engine.decoder import Cache
 from qatbench.engine.fused import Fused, Layer
 from qatbench.engine.products import Card, Form, NextNorm
-from qatbench.engine.weights import Packed
 
 _CHOOSERS = 32  # blocks a row that look for the likeliest token
-_STAGED = 32  # bytes of shared memory for a key and a value of a lane
-_RESERVED = 2 << 10  # bytes of shared memory a block that are the system's, or for a few numbers
-_PIECE = 16 << 10  # bytes
 _IN_A_ROW = 8  # steps that are a graph of their own: between graphs the device idles
-
-
-class _Later(ctypes.Structure):
-    _fields_ = (("from", ctypes.c_void_p), ("pieces", ctypes.c_uint), ("take", ctypes.c_uint))
-
-
-@dataclass(frozen=True)
-class Attention:
-    """How attention is built and launched: see `kernels/attention.cu`."""
-
-    splits: int  # blocks that share the keys of a row and head
-    heads: int  # query heads that a block serves
-    unroll: int  # keys that a lane takes at once
-    staged: int  # keys that a lane asks for before its turn
-    blocks: int  # that share a multiprocessor at least
-    late: bool = False  # the next kernel may start only when keys and values have come
-    near: int = 0  # of 16 KB of what gate and up will read, those that are brought near, in KB
-
-
-def attentions(fused: Fused, rows: int) -> list[Attention]:
-    """All that can run and may be the fastest; the first one is a good guess."""
-    s, card = fused.decoder.sizes, Card.current()
-    found = []
-    for heads in sorted({n for n in (1, 2, 3, 4, 6, 8, s.group) if s.group % n == 0}):
-        at_least = rows * s.kv_heads * s.group // heads
-        splits = [n for n in (8, 4, 2, 1) if 2 * n * at_least <= 5 * card.multiprocessors] or [1]
-        if torch.cuda.get_device_capability() < cuda.OVERLAPS:
-            splits = [1]
-        shapes = [(2, 4, 4), (2, 8, 3), (4, 8, 2), (4, 12, 2)] if heads == 1 else [
-            (2, 4, 2), (1, 4, 2), (2, 4, 1), (1, 4, 1)]  # fmt: skip
-        every = [Attention(n, heads, *shape) for n in splits[:2] for shape in shapes]
-        sums = 4 * (_warps(heads, s.head) + 1) * heads * s.head
-        most = card.shared - _RESERVED - sums
-        found += [form for form in every if _staged(form, s.head) <= most]
-    return found
-
-
-def _warps(heads: int, head: int) -> int:
-    """Of a block of attention: their sums fit into shared memory."""
-    return 8 if heads * head <= 1024 else 4
-
-
-def _staged(form: Attention, head: int) -> int:
-    """Bytes of dynamic shared memory of a block of attention."""
-    return form.staged * _warps(form.heads, head) * 32 * _STAGED
 
 
 @dataclass
@@ -142,29 +94,21 @@ class Step:
 
     def attention_kernel(self, form: Attention, norms: bool) -> cuda.Kernel:
         """Attention in a form."""
-        shared = _staged(form, self.fused.decoder.sizes.head)
-        defines = self.attention_defines(form, norms)
-        return cuda.kernel("attention.cu", "attention", shared=shared, **defines)
-
-    def attention_defines(self, form: Attention, norms: bool) -> dict[str, int]:
-        """What its source is compiled with."""
-        s = self.fused.decoder.sizes
-        return {
-            "D": s.head, "G": form.heads, "HEADS": s.group, "WARPS": _warps(form.heads, s.head),
-            "SPLITS": form.splits, "UNROLL": form.unroll, "STAGED": form.staged,
-            "BLOCKS": form.blocks, "HEADNORM": int(norms),
-        }  # fmt: skip
+        sizes = self.fused.decoder.sizes
+        source, name = form.source
+        defines = form.defines(sizes.group, sizes.head, norms)
+        return cuda.kernel(source, name, shared=form.shared(sizes.head), **defines)
 
     def _attend(self, index: int, layer: Layer) -> None:
         s, cache, form = self.fused.decoder.sizes, self.cache, self.chosen.attention
         kernel = self.attention_kernel(form, layer.q_norm is not None)
         grid = (form.splits, s.kv_heads * s.group // form.heads, len(self.token))
         kernel(
-            grid, 32 * _warps(form.heads, s.head), self.qkv, cache.keys[index], cache.values[index],
+            grid, 32 * form.all_warps(s.head), self.qkv, cache.keys[index], cache.values[index],
             self.rope, cache.filled, cache.start, cache.turned, layer.q_norm, layer.k_norm,
             ctypes.c_float(s.eps), self.seen, ctypes.c_int(cache.length),
             ctypes.c_float(math.log2(math.e) / math.sqrt(s.head)), ctypes.c_int(form.late),
-            _later(layer, form.near),
+            later(layer, form.near), *([ctypes.c_uint(form.rest)] if form.warps else []),
         )  # fmt: skip
 
     def replay(self, steps: int) -> None:
@@ -189,14 +133,6 @@ class Step:
 
             self.graphs[steps] = cuda.capture(run)
         return self.graphs[steps]
-
-
-def _later(layer: Layer, near: int) -> _Later:
-    """What attention brings near for gate and up."""
-    weight = layer.gate_up.weight
-    words = weight.words if isinstance(weight, Packed) else weight
-    pieces = words.numel() * words.element_size() // _PIECE if near else 0
-    return _Later(words.data_ptr(), pieces, near << 10)
 
 
 def first_guess(fused: Fused, rows: int) -> Chosen:

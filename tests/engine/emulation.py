@@ -66,8 +66,9 @@ def without_assembly(source: str) -> str:
 
 def as_cpp(source: str) -> str:
     """What g++ takes: without assembly, and with shared memory that is asked for."""
+    included = {name: text.decode() for name, text in cuda.headers().items()}
+    source = re.sub(r'#include "([\w.]+)"', lambda found: included[found[1]], source)
     text = without_assembly(source)
-    text = re.sub(r'#include "common.cuh"\n', "", text)
     return re.sub(
         r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];",
         r"\1* const \2 = (\1*)dynamic_memory();", text,
@@ -76,11 +77,10 @@ def as_cpp(source: str) -> str:
 
 @functools.cache
 def _library(source: str, name: str, defines: tuple[tuple[str, int], ...], folder: Path) -> Any:
-    common = as_cpp((cuda.SOURCES / cuda.COMMON).read_text(encoding="utf-8"))
     own = as_cpp((cuda.SOURCES / source).read_text(encoding="utf-8"))
     told = "kernel(void** given) { emulator::call(&" + name + ", given); }\n"
     code = "\n".join([
-        '#include "emulator.h"', common, own, "static void " + told,
+        '#include "emulator.h"', own, "static void " + told,
         f'extern "C" const char* run({_SIGNATURE}) {{',
         "return emulator::launch(",
         "    kernel, given, grid, cluster, threads, shared, lazy, late, to, bytes); }",

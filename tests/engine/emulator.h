@@ -40,7 +40,7 @@ struct uint4 {
 } __attribute__((aligned(16)));
 struct float2 {
     float x, y;
-};
+} __attribute__((aligned(8)));
 struct float4 {
     float x, y, z, w;
 } __attribute__((aligned(16)));
@@ -274,6 +274,8 @@ static T of_lane(T v, int lane) {
 template <class T>
 static T __shfl_xor_sync(unsigned, T v, int with) { return of_lane(v, emulator::lane() ^ with); }
 template <class T>
+static T __shfl_sync(unsigned, T v, int lane) { return of_lane(v, lane % 32); }
+template <class T>
 static T __shfl_down_sync(unsigned, T v, unsigned by) {
     const unsigned lane = emulator::lane();
     return of_lane(v, lane + by < 32 ? lane + by : lane);
@@ -333,6 +335,25 @@ static void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 static void mma_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     multiply_fragments<4>(c, {a0, a1, a2, a3, b0, b1}, [](u32 v) { return (int)(signed char)v; });
 }
+// PTX ISA, ldmatrix: lanes 8i to 8i + 7 have the addresses of matrix i's rows.
+static uint4 told_matrices(u32 from, bool turned) {
+    u32 told[32], got[4];
+    memcpy(told, emulator::tell(&from, 1), sizeof(told));
+    const int g = emulator::lane() / 4, t = emulator::lane() % 4;
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 2; ++j) {
+            const u32 row = told[i * 8 + (turned ? 2 * t + j : g)];
+            if (row % 16) emulator::fail("a row of a matrix is not aligned");
+            memcpy((char*)&got[i] + 2 * j, dynamic_memory() + row + 2 * (turned ? g : 2 * t + j), 2);
+        }
+    return {got[0], got[1], got[2], got[3]};
+}
+static uint4 matrices(u32 from) { return told_matrices(from, false); }
+static uint4 turned_matrices(u32 from) { return told_matrices(from, true); }
+static float power_of_two(float v) { return exp2f(v); }
+static u32 kept(u32 v) { return v; }
+static u64 cycles() { return 0; }
+static void rest_until(u64) {}
 template <int LANES>
 static uint4 first_lanes(u32 from, int lane) {
     if (lane >= LANES) return {~0u, ~0u, ~0u, ~0u};  // no bf16 number
@@ -340,6 +361,10 @@ static uint4 first_lanes(u32 from, int lane) {
 }
 static uint4 stream(const uint4* from) { return *from; }
 static void copy_async(void* to, const void* from) { emulator::copy(to, from, 16); }
+alignas(16) static const char zeros[16] = {};
+static void copy_or_zero(void* to, const void* from, bool there) {
+    emulator::copy(to, there ? from : zeros, 16);
+}
 static void copy_word(void* to, const void* from) { emulator::copy(to, from, 4); }
 static void end_of_copies() { emulator::now->groups.emplace_back(); }
 template <int N>
@@ -365,14 +390,16 @@ static void wait_for_prior() {
 }
 #ifdef SPLITS
 static void expect(u64*, u32 bytes) { emulator::here().gifts.wanted = (int)bytes; }
-static void give(float* shared, int rank, float v, u64*) {
+template <class T>
+static void give(T* shared, int rank, T v, u64*) {
     const size_t at = (char*)shared - __start_block_memory;
+    if (at % sizeof(T)) emulator::fail("a gift is not aligned");
     if (rank == emulator::now->block)
         *shared = v;
     else
-        memcpy(emulator::blocks[rank].fixed.data() + at, &v, 4);
+        memcpy(emulator::blocks[rank].fixed.data() + at, &v, sizeof(T));
     if (!emulator::blocks[rank].gifts.wanted) emulator::fail("a block gets what it does not expect");
-    for (int i = 0; i < 4; ++i) emulator::arrive_at(emulator::blocks[rank].gifts);
+    for (size_t i = 0; i < sizeof(T); ++i) emulator::arrive_at(emulator::blocks[rank].gifts);
 }
 static void wait_for_gifts(u64*) {
     if (SPLITS > 1)

@@ -77,7 +77,7 @@ def test_what_was_compiled_is_read_the_second_time(
     ]  # fmt: skip
     for defines, card in others:
         assert cuda.binary("small.cu", defines, card) == b"anew"
-    for changed in ("small.cu", cuda.COMMON):  # and what it includes
+    for changed in ("small.cu", "common.cuh"):  # and what it includes
         (sources / changed).write_bytes((sources / changed).read_bytes() + b"\n")
         assert cuda.binary("small.cu", {"EPILOGUE": STORE}, AMPERE) == b"anew"
     assert len(compiled) == 5
@@ -103,6 +103,6 @@ def test_a_digest_is_of_a_source_with_what_it_includes(sources: Path) -> None:
     before = cuda.digest("linear.cu")
     assert len(before) == 8
     assert before != cuda.digest("attention.cu")
-    common = sources / cuda.COMMON
+    common = sources / "common.cuh"
     common.write_bytes(common.read_bytes() + b"\n")
     assert cuda.digest("linear.cu") != before

@@ -15,6 +15,7 @@ from fused_models import EPS, affine, cases, dense, error, int4, loaded_of, prom
 from torch import Tensor
 
 from qatbench.engine import cuda
+from qatbench.engine.attention import attentions
 from qatbench.engine.decoder import torch_step
 from qatbench.engine.fast import FastRunner
 from qatbench.engine.fused import Fused
@@ -28,7 +29,7 @@ from qatbench.engine.products import (
     Product,
     dequantize,
 )
-from qatbench.engine.step import Step, attentions
+from qatbench.engine.step import Step
 from qatbench.engine.weights import pack
 from qatbench.quant.packing import Affine
 
@@ -158,7 +159,11 @@ def test_steps_are_those_of_torch(
 ) -> None:
     slow, state, step = begun(family, lengths, packed)
     every = attentions(step.fused, len(lengths))
-    wider = [form for form in every if form.heads > 1] or every
+    wider = [form for form in every if form.heads > 1 and not form.warps] or every
+    grouped = [form for form in every if form.warps]
+    assert bool(grouped) == (step.fused.decoder.sizes.group > 1)
+    if grouped:  # several turns, with and without tiles of the next ones on their way
+        wider = [replace(grouped[0], warps=4), wider[0], grouped[-1]]
     for i in range(3):
         form = (every[0], wider[-1], wider[0])[i]
         step.chosen.attention = replace(form, splits=(1, 2, 4)[i], near=i, late=bool(i % 2))

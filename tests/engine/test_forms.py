@@ -11,6 +11,7 @@ import torch
 
 from qatbench import store
 from qatbench.engine import cuda, forms
+from qatbench.engine.attention import Attention, attentions
 from qatbench.engine.products import (
     LIBRARY,
     LOGITS,
@@ -21,7 +22,7 @@ from qatbench.engine.products import (
     Product,
     shared_by,
 )
-from qatbench.engine.step import Attention, Chosen, attentions, first_guess
+from qatbench.engine.step import Chosen, first_guess
 
 HOPPER = Card(132, 228 << 10)
 # Warps, tiles, lead, whether all first spans are held back.
@@ -52,12 +53,9 @@ class Step:
             found.setdefault(product.kind(rows), []).append(product)
         return found
 
-    def attention_defines(self, form: Attention, norms: bool) -> dict[str, int]:
-        assert not norms
-        return {}
-
     def attention_kernel(self, form: Attention, norms: bool) -> Any:
-        return SimpleNamespace(spilled=400 if form.unroll == 4 else 0)
+        assert not norms
+        return SimpleNamespace(spilled=400 if form.unroll == 4 else 0, fits=form.splits < 16)
 
     def seconds(self) -> float:
         taken = 0.0

@@ -11,6 +11,7 @@ from fused_models import FAMILIES, affine, cases, dense, error, int4, loaded_of,
 
 from qatbench import store
 from qatbench.engine import forms, products
+from qatbench.engine.attention import attentions
 from qatbench.engine.decoder import torch_step
 from qatbench.engine.fast import FastRunner
 from qatbench.engine.forms import choose
@@ -21,7 +22,7 @@ from qatbench.engine.products import (
     Form,
     Product,
 )
-from qatbench.engine.step import Step, attentions
+from qatbench.engine.step import Step
 from qatbench.engine.weights import pack
 from qatbench.vlm.batch import Encoded
 

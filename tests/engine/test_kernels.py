@@ -23,8 +23,9 @@ import torch
 from machine_code import FRAME, REGISTERS, attribute, needs_nvrtc
 
 from qatbench.engine import cuda
+from qatbench.engine.attention import Attention, attentions
 from qatbench.engine.products import LIBRARY, LOGITS, RESIDUAL, STORE, SWIGLU, Card, Form, Product
-from qatbench.engine.step import Attention, Step, attentions
+from qatbench.engine.step import Step
 from qatbench.engine.weights import Packed
 
 AMPERE, SMALL, HOPPER = (8, 0), (8, 9), (9, 0)

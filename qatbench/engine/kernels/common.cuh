@@ -87,6 +87,13 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
     asm volatile(
         "cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
 }
+// Zeros if there is nothing to copy.
+__device__ __forceinline__ void copy_or_zero(void* to, const void* from, bool there) {
+    const u32 at = (u32)__cvta_generic_to_shared(to), bytes = there ? 16 : 0;
+    asm volatile(
+        "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes)
+        : "memory");
+}
 __device__ __forceinline__ void copy_word(void* to, const void* from) {
     const u32 at = (u32)__cvta_generic_to_shared(to);
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
