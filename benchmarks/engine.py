@@ -34,15 +34,16 @@ import train_step  # noqa: E402
 from kept import show  # noqa: E402
 
 from qatbench.engine import cuda  # noqa: E402
+from qatbench.engine.arguments import NextNorm, Top  # noqa: E402
 from qatbench.engine.fast import FastRunner  # noqa: E402
 from qatbench.engine.plain import PlainRunner  # noqa: E402
 from qatbench.engine.products import (  # noqa: E402
     LIBRARY,
     LOGITS,
     RESIDUAL,
+    SCREEN,
     Card,
     Form,
-    NextNorm,
     Product,
     shared_by,
 )
@@ -177,16 +178,20 @@ def by_itself(products: Sequence[Product], form: Form, columns: int) -> float:
     """Seconds a product, in a graph of all layers' one after the other: none is in a cache."""
     first = products[0]
     x = torch.randn(columns, first.width, device="cuda").bfloat16()
-    dtype = torch.float32 if first.epilogue == LOGITS else torch.bfloat16
+    dtype = torch.float32 if first.epilogue in (LOGITS, SCREEN) else torch.bfloat16
     out = torch.zeros(columns, first.outputs, device="cuda", dtype=dtype)
     squares = torch.ones(columns, device="cuda", dtype=torch.float64)
     after = None
     if first.epilogue == RESIDUAL:
         after = NextNorm(torch.ones_like(out[0]), torch.empty_like(out), torch.zeros_like(squares))
 
+    top = None
+    if first.epilogue == SCREEN:
+        top = Top(torch.zeros(1, dtype=torch.int32, device="cuda"), first.outputs)
+
     def run() -> None:
         for product in products:
-            product(form, x, out, squares=squares, eps=1e-6, after=after)
+            product(form, x, out, squares=squares, eps=1e-6, after=after, top=top)
 
     graph = cuda.captured(run)
     return min(cuda.seconds_of(graph) for _ in range(3)) / len(products)
@@ -226,7 +231,6 @@ def whole(kind: str, batches: list[int], repeats: int, tiny: bool) -> dict[str, 
     torch.cuda.empty_cache()
     ways: dict[str, Runner] = {"transformers bf16": plain, "engine bf16": bf16, "engine int4": int4}
     found: dict[str, Any] = {"model": kind, "decode": {}}
-    found["weights_gb"] = {name: runner.weight_bytes() / 1e9 for name, runner in ways.items()}
     found["kernels"] = {name: runner.kernel for name, runner in ways.items()}
     for rows in batches:
         one = decode(ways, rows, repeats, tiny)
@@ -234,6 +238,7 @@ def whole(kind: str, batches: list[int], repeats: int, tiny: bool) -> dict[str, 
         one["int4_over_transformers"] = one["transformers bf16"]["ms"] / one["engine int4"]["ms"]
         found["decode"][rows] = one
         print(rows, one, file=sys.stderr, flush=True)
+    found["weights_gb"] = {name: runner.weight_bytes() / 1e9 for name, runner in ways.items()}
     found["prefill"] = prefill(ways, repeats, tiny)
     ms = {name: some["ms"] for name, some in found["prefill"].items()}
     found["prefill"]["int4_over_bf16"] = ms["engine bf16"] / ms["engine int4"]

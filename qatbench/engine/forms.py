@@ -49,7 +49,7 @@ def choose(step: Step, progress: Callable[[int, int], None] | None = None) -> Ch
         for kind, alike in step.fused.kinds(len(step.token)).items()
         for product in alike
     }
-    step.chosen = Chosen(products, Attention(**kept["attention"]))
+    step.chosen = Chosen(products, Attention(**kept["attention"]), kept["screened"])
     return step.chosen
 
 
@@ -68,20 +68,19 @@ def _key(step: Step) -> str:
 def _told(step: Step) -> dict[str, Any]:
     kinds = step.fused.kinds(len(step.token)).items()
     products = {kind: asdict(step.chosen.products[id(alike[0])]) for kind, alike in kinds}
-    return {"products": products, "attention": asdict(step.chosen.attention)}
+    chosen = step.chosen
+    return {
+        "products": products, "attention": asdict(chosen.attention), "screened": chosen.screened,
+    }  # fmt: skip
 
 
 def _measure(step: Step, progress: Callable[[int, int], None]) -> None:
     progress(0, 0)  # kernels are compiled first
     rows, layers = len(step.token), range(min(LAYERS, step.fused.decoder.sizes.layers))
-    kinds = [
-        _Kind(
-            functools.partial(_take_form, step, alike),
-            [one for form in _without_spills(alike[0], rows) for one in _held(form)],
-            functools.partial(_led, earliest=alike[0].leads),
-        )
-        for alike in step.fused.kinds(rows).values()
-    ]  # fmt: skip
+    every = list(step.fused.kinds(rows).values())
+    kinds = [_products(step, alike) for alike in every]
+    if rows == 1:
+        kinds[-2:] = [_either(step, *kinds[-2:])]
     forms = _attentions_without_spills(step, rows)
     kinds.insert(1, _Kind(functools.partial(_take_attention, step), forms, _nearer))
     done, total = 0, sum(map(_most, kinds))
@@ -97,6 +96,26 @@ def _measure(step: Step, progress: Callable[[int, int], None]) -> None:
             kind.take(best[0])
             kind.forms = best[:AGAIN]
     progress(total, total)
+
+
+def _products(step: Step, alike: list[Product]) -> _Kind:
+    return _Kind(
+        functools.partial(_take_form, step, alike),
+        [one for form in _without_spills(alike[0], len(step.token)) for one in _held(form)],
+        functools.partial(_led, earliest=alike[0].leads),
+    )
+
+
+def _either(step: Step, head: _Kind, screen: _Kind) -> _Kind:
+    """A head or its screen: forms have beside them which of them they are of."""
+    of = {False: head, True: screen}
+
+    def take(form: tuple[bool, Form]) -> None:
+        step.chosen.screened = form[0]
+        of[form[0]].take(form[1])
+
+    forms = [(which, form) for which in of for form in of[which].forms]
+    return _Kind(take, forms, lambda form: [(form[0], one) for one in of[form[0]].vary(form[1])])
 
 
 @dataclass
@@ -146,7 +165,7 @@ def _take_attention(step: Step, form: Attention) -> None:
 
 def _seconds(step: Step, layers: range) -> float:
     """Of one step after another, as it will be: the fastest of some."""
-    graph = cuda.captured(lambda: step.launch_layers(layers))
+    graph = cuda.captured(lambda: step.launch_for_nothing(layers))
     return min(cuda.seconds_of(graph, STEPS) for _ in range(REPEATS))
 
 

@@ -9,6 +9,7 @@ its squares, who multiplies divides by their root (`linear.cu`).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from qatbench.engine.products import (
     Product,
     dequantize,
 )
+from qatbench.engine.screen import Screen, screen
 from qatbench.engine.weights import CHUNK, TILE, Packed, check_shape, pack
 from qatbench.errors import ShapeError, UsageError
 from qatbench.quant.packing import Affine
@@ -174,6 +176,12 @@ class Fused:
             head = F.pad(head, (0, 0, 0, short))
         self.head = Product(head, LOGITS, None, not self._whole())
 
+    @functools.cached_property
+    def screen(self) -> Screen:
+        """The head in 8 bits, for steps of one row: made when the first of them is asked for."""
+        assert isinstance(self.head.weight, Tensor)
+        return screen(self.head.weight, self.head.alone)
+
     def _layer(self, index: int, layer: Any, packed: dict[str, Affine]) -> Layer:
         joined = [self._join(index, layer, part, names, packed) for part, names in JOINED]
         (qkv, bias), (out, out_bias), (gate_up, _), (down, down_bias) = joined
@@ -223,14 +231,19 @@ class Fused:
         return dense, bias
 
     def packed_bytes(self) -> int:
-        """Bytes of the packed linears."""
+        """Bytes of the packed linears, and of the screen if there is one."""
         weights = [p.weight for layer in self.layers for p in layer.products()]
-        return sum(w.bytes() for w in weights if isinstance(w, Packed))
+        screened = self.screen.bytes() if "screen" in self.__dict__ else 0
+        return screened + sum(w.bytes() for w in weights if isinstance(w, Packed))
 
     def kinds(self, rows: int) -> dict[str, list[Product]]:
-        """Products that share a form, by what decides it, in the order of a step."""
+        """Products that share a form, by what decides it, in the order of a step.
+
+        Of one row the last two are heads, of which a step takes either.
+        """
         found: dict[str, list[Product]] = {}
-        for product in [p for layer in self.layers for p in layer.products()] + [self.head]:
+        heads = [self.head, *([self.screen.product] if rows == 1 else [])]
+        for product in [p for layer in self.layers for p in layer.products()] + heads:
             found.setdefault(product.kind(rows), []).append(product)
         return found
 

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qatbench.engine import cuda
+from qatbench.engine.arguments import NextNorm, Output, Top, Weights, address
 from qatbench.engine.weights import CHUNK, TILE, Packed
 from qatbench.errors import PrerequisiteError
 
-STORE, RESIDUAL, SWIGLU, LOGITS = range(4)
+STORE, RESIDUAL, SWIGLU, LOGITS, SCREEN = range(5)
 """Epilogues."""
 MOST_COLUMNS = 64
 _SUMS = 18 << 10  # bytes of sums that a block is meant to hold at once
@@ -45,21 +46,6 @@ class Card:
         return Card(device.multi_processor_count, device.shared_memory_per_multiprocessor)
 
 
-class _Weights(ctypes.Structure):
-    _fields_ = (
-        ("words", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p),
-        ("rows", ctypes.c_int), ("width", ctypes.c_int),
-    )  # fmt: skip
-
-
-class _Output(ctypes.Structure):
-    _fields_ = (
-        ("out", ctypes.c_void_p), ("squares", ctypes.c_void_p), ("eps", ctypes.c_float),
-        ("per_input", ctypes.c_float), ("bias", ctypes.c_void_p), ("weight", ctypes.c_void_p),
-        ("scaled", ctypes.c_void_p), ("next", ctypes.c_void_p),
-    )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Form:
     """How a product is built and launched."""
@@ -77,19 +63,6 @@ WITH_INPUT, AT_ONCE = 0, -1
 """Leads: the next kernel may start when this one's input is there, or with this one."""
 LIBRARY = Form(0, 0, 0, 0, 0)
 """torch's dense product, with a launch of its own for what comes after."""
-
-
-@dataclass(frozen=True)
-class NextNorm:
-    """What a residual product leaves for the norm that follows.
-
-    weight: (rows,) bf16, of that norm; scaled: (columns, rows) bf16, x times it; squares:
-    (columns,) fp64, to which the squares of x are added.
-    """
-
-    weight: Tensor
-    scaled: Tensor
-    squares: Tensor
 
 
 @dataclass(frozen=True)
@@ -142,7 +115,7 @@ class Product:
         w = self.weight
         grid = f"{self.rows}x{self.width}"
         if isinstance(w, Packed):
-            grid = f"int4 g{w.group}{'' if w.zeros is None else ' zeros'} {grid}"
+            grid = f"int{w.bits} g{w.group}{'' if w.zeros is None else ' zeros'} {grid}"
         return f"{grid} epilogue {self.epilogue} columns {shared_by(columns)}"
 
     def forms(self, columns: int, card: Card) -> list[Form]:
@@ -199,7 +172,7 @@ class Product:
         w, slot = self.weight, 4 * 512
         if isinstance(w, Packed):
             scales = (1 if w.zeros is None else 2) * form.span // w.group * _SCALES
-            slot = form.span // CHUNK * 512 + scales
+            slot = form.span // CHUNK * 128 * w.bits + scales
         return form.warps * form.tiles * slot
 
     def _units(self, form: Form) -> int:
@@ -222,9 +195,11 @@ class Product:
 
     def _defines(self, form: Form, columns: int) -> dict[str, int]:
         w = self.weight
-        group, zeros = (w.group, w.zeros) if isinstance(w, Packed) else (0, None)
+        bits, group, zeros = 16, 0, None
+        if isinstance(w, Packed):
+            bits, group, zeros = w.bits, w.group, w.zeros
         return {
-            "BITS": 4 if group else 16, "GROUP": group, "ZEROS": int(zeros is not None),
+            "BITS": bits, "GROUP": group, "ZEROS": int(zeros is not None),
             "NT": _column_tiles(columns), "MT": form.tiles, "WARPS": form.warps,
             "DEPTH": form.depth, "BLOCKS": form.blocks, "SPAN": form.span,
             "SINGLE": int(columns == 1), "EPILOGUE": self.epilogue,
@@ -232,21 +207,23 @@ class Product:
 
     def __call__(
         self, form: Form, x: Tensor, out: Tensor, *, squares: Tensor | None = None,
-        eps: float = 0.0, after: NextNorm | None = None,
+        eps: float = 0.0, after: NextNorm | None = None, top: Top | None = None,
     ) -> None:  # fmt: skip
         """Launch on the current stream.
 
         Args:
             form: from `forms`.
             x: (columns, width) bf16; with `squares` times the weight of its norm.
-            out: (columns, outputs) bf16, fp32 for LOGITS; RESIDUAL adds to it.
+            out: (columns, outputs) bf16, fp32 for LOGITS and SCREEN; RESIDUAL adds to it.
             squares: (columns,) fp64: of the input before that; its norm is still to be applied.
             eps: of that norm.
             after: RESIDUAL only.
+            top: SCREEN only.
         """
-        output = _Output(
-            out.data_ptr(), _address(squares), eps, 1 / self.width, _address(self.bias),
-            *((_address(t) for t in (after.weight, after.scaled, after.squares)) if after else ()),
+        output = Output(
+            out.data_ptr(), address(squares), eps, 1 / self.width, address(self.bias),
+            *(after.addresses() if after else (None, None, None)),
+            *(top.arguments() if top else ()),
         )  # fmt: skip
         if form == LIBRARY:
             self._by_library(x, output)
@@ -260,7 +237,7 @@ class Product:
             ctypes.c_int(form.held_back),
         )  # fmt: skip
 
-    def _by_library(self, x: Tensor, output: _Output) -> None:
+    def _by_library(self, x: Tensor, output: Output) -> None:
         w = self.weight
         if isinstance(w, Packed):
             w = dequantize(w, torch.empty(w.rows, w.width, dtype=torch.bfloat16, device=x.device))
@@ -269,15 +246,11 @@ class Product:
         grid = (-(-self.rows // (32 * TILE)), x.shape[0])
         function(grid, 256, y, output, ctypes.c_int(self.rows))
 
-    def _c_weights(self) -> _Weights:
+    def _c_weights(self) -> Weights:
         w = self.weight
         if not isinstance(w, Packed):
-            return _Weights(w.data_ptr(), None, None, *w.shape)
-        return _Weights(_address(w.words), _address(w.scales), _address(w.zeros), w.rows, w.width)
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+            return Weights(w.data_ptr(), None, None, *w.shape)
+        return Weights(address(w.words), address(w.scales), address(w.zeros), w.rows, w.width)
 
 
 def _sums(form: Form, columns: int) -> int:

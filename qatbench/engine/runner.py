@@ -66,6 +66,9 @@ class Runner(Protocol):
     def weight_bytes(self) -> int:
         """Bytes of all weights on the device: language model, embeddings, vision, scales."""
 
+    def head_bytes(self, rows: int) -> int | None:
+        """Bytes that a step of so many rows reads of the head, if not all; once it has run."""
+
     def cache_bytes(self, started: Started) -> int:
         """Bytes of keys and values that a batch holds, room included."""
 
@@ -80,6 +83,9 @@ class Direct:
 
     def prepare(self, prompts: Sequence[Encoded]) -> None:
         """Nothing: `start` takes prompts as they are."""
+
+    def head_bytes(self, rows: int) -> int | None:
+        """None: all of it."""
 
     def close(self) -> None:
         """Nothing: what nobody refers to is given up."""

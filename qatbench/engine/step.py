@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from qatbench.engine import cuda
+from qatbench.engine.arguments import NextNorm, Row, Top, address
 from qatbench.engine.attention import Attention, attentions, later
 from qatbench.engine.decoder import Cache
 from qatbench.engine.fused import Fused, Layer
-from qatbench.engine.products import Card, Form, NextNorm
+from qatbench.engine.products import Card, Form
 
 _CHOOSERS = 32  # blocks a row that look for the likeliest token
 _IN_A_ROW = 8  # steps that are a graph of their own: between graphs the device idles
@@ -23,10 +24,14 @@ _IN_A_ROW = 8  # steps that are a graph of their own: between graphs the device 
 
 @dataclass
 class Chosen:
-    """The forms of a step's kernels; of products by identity."""
+    """The forms of a step's kernels; of products by identity.
+
+    screened: logits are those of `Fused.screen`, but for the tokens that may be the likeliest.
+    """
 
     products: dict[int, Form]
     attention: Attention
+    screened: bool = False
 
 
 class Step:
@@ -50,6 +55,7 @@ class Step:
         self.told = torch.zeros(rows, room, dtype=torch.int64, device=device)
         self.count, self.left = zeros(rows), zeros(rows)
         self.best = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.top = zeros(rows)
         self.chosen = chosen or first_guess(fused, rows)
         cos, sin = fused.decoder.rope(cache.length + 1)
         half = s.head // 2
@@ -58,13 +64,37 @@ class Step:
 
     def launch(self) -> None:
         """All kernels of a step, on the current stream."""
-        s, rows = self.fused.decoder.sizes, len(self.token)
-        self.launch_layers(range(s.layers))
-        choose = cuda.kernel("small.cu", "choose")
-        choose(
-            (_CHOOSERS, rows), 256, self.logits, ctypes.c_int(s.vocabulary),
-            ctypes.c_int(self.logits.shape[1]), self.best, self.left, self.token, self.told,
-            self.count, self.cache.filled, self.cache.turned, ctypes.c_int(self.room),
+        self.launch_layers(range(self.fused.decoder.sizes.layers))
+        cache = self.cache
+        self._choose(self.token, self.told, self.count, cache.filled, cache.turned)
+
+    def launch_for_nothing(self, indices: Iterable[int]) -> None:
+        """The same through some of the layers; nothing goes on."""
+        self.launch_layers(indices)
+        self._choose(*self._idle)
+
+    @functools.cached_property
+    def _idle(self) -> tuple[Tensor, ...]:
+        cache = self.cache
+        state = (self.token, self.told, self.count, cache.filled, cache.turned)
+        return tuple(tensor.clone() for tensor in state)
+
+    def _choose(self, token: Tensor, *state: Tensor) -> None:
+        """The likeliest tokens, into what tells where rows stand."""
+        fused, s = self.fused, self.fused.decoder.sizes
+        addresses = map(address, (self.best, self.left, token, *state))
+        row, tokens = Row(*addresses, self.room), ctypes.c_int(s.vocabulary)
+        if not self.chosen.screened:
+            choose = cuda.kernel("small.cu", "choose")
+            stride = ctypes.c_int(self.logits.shape[1])
+            choose((_CHOOSERS, len(token)), 256, self.logits, tokens, stride, row)
+            return
+        screen, head = fused.screen, fused.head.weight
+        decide = cuda.kernel("small.cu", "decide", shared=2 * s.hidden)
+        decide(
+            (Card.current().multiprocessors,), 256, self.logits, tokens, self.top, screen.errors,
+            ctypes.c_float(screen.most), head, self.scaled, ctypes.c_int(s.hidden // 8),
+            self.squares[-1], ctypes.c_float(s.eps), row,
         )  # fmt: skip
 
     def launch_layers(self, indices: Iterable[int]) -> None:
@@ -75,7 +105,7 @@ class Step:
         embed = cuda.kernel("small.cu", "embed")
         embed(
             (rows,), 256, self.token, table, fused.layers[0].first_norm, self.x, self.scaled,
-            self.squares, ctypes.c_int(s.hidden // 8), ctypes.c_int(len(self.squares)),
+            self.squares, self.top, ctypes.c_int(s.hidden // 8), ctypes.c_int(len(self.squares)),
         )  # fmt: skip
         following = [layer.first_norm for layer in fused.layers[1:]] + [fused.norm]
         for i in indices:
@@ -90,7 +120,9 @@ class Step:
             after = NextNorm(norm, self.scaled, third)
             layer.down(forms[id(layer.down)], self.inner, self.x, after=after)
         last = self.squares[-1]
-        fused.head(forms[id(fused.head)], self.scaled, self.logits, squares=last, eps=s.eps)
+        head = fused.screen.product if self.chosen.screened else fused.head
+        top = Top(self.top, s.vocabulary) if self.chosen.screened else None
+        head(forms[id(head)], self.scaled, self.logits, squares=last, eps=s.eps, top=top)
 
     def attention_kernel(self, form: Attention, norms: bool) -> cuda.Kernel:
         """Attention in a form."""
@@ -143,4 +175,4 @@ def first_guess(fused: Fused, rows: int) -> Chosen:
         forms = alike[0].forms(rows, card)
         wished = (form for form in forms if (form.warps, form.tiles, form.blocks) == (16, 1, 2))
         products |= dict.fromkeys(map(id, alike), next(wished, forms[-1]))
-    return Chosen(products, attentions(fused, rows)[0])
+    return Chosen(products, attentions(fused, rows)[0], rows == 1)

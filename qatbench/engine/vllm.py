@@ -225,6 +225,9 @@ class VllmRunner:
         """Bytes of all weights on the device, as vLLM holds them."""
         return int(self._weights)
 
+    def head_bytes(self, rows: int) -> int | None:
+        """None: all of it."""
+
     def cache_bytes(self, started: Started) -> int:
         """Bytes of the cache's blocks that a batch fills when its room is used."""
         batch: _Batch = started.state

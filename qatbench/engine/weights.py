@@ -30,8 +30,9 @@ RAISED = 128  # what fields and zero points have added as bf16
 class Packed:
     """One linear, or several that share their input, joined along the outputs.
 
-    words: (out / 16, in / 64, 32, 4) int32; scales: (out / 16, groups, 8) int32, each two fp16, of
-    outputs g and g + 8; zeros: the same, each two bf16 holding 128 + zero, or None where all are 8.
+    words: (out / 16, in / 64, 32, 4) int32 (of 8 bits in / 32, see `screen.py`); scales: (out / 16,
+    groups, 8) int32, each two fp16, of outputs g and g + 8; zeros: the same, each two bf16 holding
+    128 + zero, or None where all are 8.
     `paired`: tiles hold eight outputs of each half (gate and up).
     """
 
@@ -43,6 +44,7 @@ class Packed:
     group: int
     paired: bool = False
     alike: int = 1  # groups in a row that were one
+    bits: int = 4
 
     def bytes(self) -> int:
         """Of words, scales and zero points."""
@@ -76,7 +78,7 @@ def pack(linear: Affine, *, paired: bool = False) -> Packed:
     largest = next(size for size in (128, 64, 32) if group % size == 0)
     alike = group // largest
     zero_points, scales = (part.repeat_interleave(alike, 1) for part in linear[1:])
-    fields = _tiled(linear.fields, paired)
+    fields = tiled(linear.fields, paired)
     tiles = fields.shape[0]
     # tile, output: (half, g), input: (chunk, h, t, i, pair, within)
     split = fields.view(tiles, 2, 8, width // CHUNK, 2, 4, 2, 2, 2)
@@ -86,10 +88,10 @@ def pack(linear: Affine, *, paired: bool = False) -> Packed:
         words |= nibble.permute(0, 2, 1, 4, 3, 5) << _shift(half, pair, within)
     zeros = None
     if not bool((linear.zeros == SYMMETRIC).all()):
-        zeros = _by_twos(_tiled(zero_points.to(torch.bfloat16) + RAISED, paired))
+        zeros = by_twos(tiled(zero_points.to(torch.bfloat16) + RAISED, paired))
     return Packed(
         words.view(tiles, width // CHUNK, 32, 4) ^ OVER,
-        _by_twos(_tiled(scales.half(), paired)),
+        by_twos(tiled(scales.half(), paired)),
         zeros, out, width, largest, paired, alike,
     )  # fmt: skip
 
@@ -122,8 +124,8 @@ def _shift(half: int, pair: int, within: int) -> int:
     return 4 * (2 * pair + half) + 16 * within
 
 
-def _tiled(rows: Tensor, paired: bool) -> Tensor:
-    """(out, n) -> (tiles, 16, n)."""
+def tiled(rows: Tensor, paired: bool = False) -> Tensor:
+    """(out, n) -> (tiles, 16, n); `paired`: eight of each half."""
     if not paired:
         return rows.reshape(-1, TILE, rows.shape[1])
     gate, up = (half.reshape(-1, TILE // 2, rows.shape[1]) for half in rows.chunk(2))
@@ -136,7 +138,7 @@ def _untiled(tiles: Tensor, paired: bool) -> Tensor:
     return torch.cat([half.flatten(0, 1) for half in tiles.chunk(2, 1)])
 
 
-def _by_twos(tiles: Tensor) -> Tensor:
+def by_twos(tiles: Tensor) -> Tensor:
     """(tiles, 16, groups) of 16-bit floats -> (tiles, groups, 8) int32 of (g, g + 8)."""
     twos = tiles.view(tiles.shape[0], 2, 8, -1).permute(0, 3, 2, 1).contiguous()
     return twos.view(torch.int32).squeeze(-1)

@@ -179,7 +179,8 @@ def _figures(entrant: Entrant, case: Case, times: Sequence[_Time], how: How) -> 
     settings = how.settings
     decode = spread([case.batch * settings.tokens / time.decoding for time in times])
     length = case.context + settings.tokens / 2  # of a row's cache, on the way
-    moved = decode_bytes(entrant.folder.config, how.dtype.itemsize, case.batch, length)
+    head = entrant.runner.head_bytes(case.batch)
+    moved = decode_bytes(entrant.folder.config, how.dtype.itemsize, case.batch, length, head)
     limit = None if moved is None else case.batch * how.bandwidth / moved
     counted = how.meter.counts_memory and not entrant.runner.reserves
     return {

@@ -136,7 +136,7 @@ def stored(config: Mapping[str, Any], bits: int = 16, group_size: int = 128) -> 
 
 
 def decode_bytes(
-    config: Mapping[str, Any], itemsize: int, batch: int, length: float
+    config: Mapping[str, Any], itemsize: int, batch: int, length: float, head: int | None = None
 ) -> float | None:
     """Bytes that one decoding step must move: language model once, cache of all rows once.
 
@@ -148,6 +148,7 @@ def decode_bytes(
         itemsize: bytes of an activation, of the cache and of what is not quantized.
         batch: rows.
         length: tokens of a row that lie in the cache.
+        head: bytes of it that are read, if it is not all of them.
 
     Returns: None where the checkpoint's format does not say its bits.
     Raises: UsageError as `count`.
@@ -155,8 +156,9 @@ def decode_bytes(
     counts, text = count(config), layout.text_sizes(config)
     settings = config.get("quantization_config")
     rest = counts.language - counts.linears
+    embedding = int(text["vocab_size"]) * int(text["hidden_size"])
     if not _tied(config, text):
-        rest -= int(text["vocab_size"]) * int(text["hidden_size"])
+        rest -= embedding
     shapes = layout.linear_shapes(config)
     linears = float(itemsize * counts.linears)
     if settings is not None:
@@ -165,6 +167,8 @@ def decode_bytes(
         bits, group = int(settings["bits"]), int(settings["group_size"])
         stored_bits = (n * w * bits_per_weight(bits, group, w) for n, w in shapes.values())
         linears = sum(stored_bits) / 8
+    if head is not None:
+        linears, rest = linears + head, rest - embedding
     return linears + itemsize * rest + batch * length * cached_bytes(config, itemsize)
 
 

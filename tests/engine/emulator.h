@@ -80,7 +80,13 @@ static uint64_t atomicExch(unsigned long long* to, unsigned long long v) {
     *to = v;
     return old;
 }
+static unsigned atomicMax(unsigned* to, unsigned v) {
+    const unsigned old = *to;
+    *to = v > old ? v : old;
+    return old;
+}
 static void __threadfence() {}
+static int __ffs(unsigned v) { return __builtin_ffs(v); }
 
 namespace emulator {
 
@@ -279,6 +285,12 @@ template <class T>
 static T __shfl_down_sync(unsigned, T v, unsigned by) {
     const unsigned lane = emulator::lane();
     return of_lane(v, lane + by < 32 ? lane + by : lane);
+}
+static unsigned __ballot_sync(unsigned, bool v) {
+    const uint32_t mine = v, *told = emulator::tell(&mine, 1);
+    unsigned all = 0;
+    for (int i = 0; i < 32; ++i) all |= told[i] << i;
+    return all;
 }
 static char* dynamic_memory() {
     char* at = emulator::here().dynamic.data();

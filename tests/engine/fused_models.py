@@ -12,13 +12,13 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from qatbench.engine.arguments import NextNorm
 from qatbench.engine.products import (
     LOGITS,
     RESIDUAL,
     STORE,
     SWIGLU,
     Form,
-    NextNorm,
     Product,
 )
 from qatbench.engine.weights import pack

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +18,7 @@ from fused_models import EPS, affine, cases, dense, error, int4, loaded_of, prom
 from torch import Tensor
 
 from qatbench.engine import cuda
+from qatbench.engine.arguments import Row, Top, address
 from qatbench.engine.attention import attentions
 from qatbench.engine.decoder import torch_step
 from qatbench.engine.fast import FastRunner
@@ -29,8 +33,9 @@ from qatbench.engine.products import (
     Product,
     dequantize,
 )
+from qatbench.engine.screen import Screen, screen
 from qatbench.engine.step import Step
-from qatbench.engine.weights import pack
+from qatbench.engine.weights import Packed, pack
 from qatbench.quant.packing import Affine
 
 Break = Callable[[str, dict[str, str]], None]
@@ -125,6 +130,85 @@ def test_digits_keep_a_column_of_any_size(device: Device) -> None:
     assert not logits(device, a, torch.zeros_like(column), form).any()
 
 
+SCREENED = {  # rows, inputs, tokens, form
+    "groups of 128": (64, 512, 64, Form(8, 1, 3, 2, 128, held_back=1)),
+    "groups of 32": (160, 96 * 2, 149, Form(12, 2, 2, 1, 64)),
+}
+
+
+def chosen_by(
+    device: Device, head: Tensor, x: Tensor, tokens: int, form: Form
+) -> tuple[int, Tensor]:
+    """The token and the logits of a step's end, of one row."""
+    made, width = screen(head, False), head.shape[1]
+    squares = (x.double() ** 2).sum().view(1)
+    out, top = torch.zeros(1, len(head)), torch.zeros(1, dtype=torch.int32)
+    device.late = [x, squares]
+    at = Top(top, tokens)
+    made.product(form, x, out, squares=squares, eps=EPS, top=at)
+    long = functools.partial(torch.zeros, 1, dtype=torch.int64)
+    best, token, told = long(), long(), long()
+    ints = [torch.zeros(1, dtype=torch.int32) for _ in range(4)]
+    row = Row(*map(address, (best, ints[0], token, told, *ints[1:])), 1)
+    device.late = [x, squares, out, top]
+    cuda.kernel("small.cu", "decide", shared=2 * width)(
+        (2,), 256, out, ctypes.c_int(tokens), top, made.errors, ctypes.c_float(made.most), head, x,
+        ctypes.c_int(width // 8), squares, ctypes.c_float(EPS), row,
+    )  # fmt: skip
+    assert (best.item(), ints[0].item()) == (0, 0)  # for the next step
+    assert [v.item() for v in ints[1:]] == [1, 1, 1]
+    assert told.item() == token.item()
+    return int(token.item()), out[0, :tokens]
+
+
+@pytest.mark.parametrize("case", list(SCREENED))
+def test_a_screened_head_chooses_what_16_bits_do(device: Device, case: str) -> None:
+    rows, width, tokens, form = SCREENED[case]
+    others = 0
+    for seed, below in ((0, False), (1, False), (2, False), (3, True)):
+        torch.manual_seed(seed)
+        head = torch.randn(rows, width).bfloat16() / 16
+        x = torch.randn(1, width).bfloat16()
+        if below:  # all logits are below zero: those of rows that fill up are above them
+            head = -head.abs() * x.sign()
+        head[tokens:] = 0
+        # The likeliest are nearly alike: rounding to 8 bits takes more than lies between them.
+        near, way = torch.randperm(tokens)[:16], x / (-1024 if below else 16)
+        head[near] = (way + torch.randn(16, width) / 8192).bfloat16()
+        factor = torch.rsqrt((x.double() ** 2).mean() + EPS)
+        want = (x.double() @ head.double().T)[0, :tokens] * factor
+        token, got = chosen_by(device, head, x, tokens, form)
+        assert token == want.argmax()
+        made = screen(head, False)
+        off = (got - want).abs() / (x.double().norm() * factor)
+        assert bool((off <= made.errors[:tokens]).all())
+        first = dequantized(made)[:tokens].double() @ x[0].double() * factor
+        others += int(first.argmax() != token)
+        again = (got - want).abs() < 1e-6 * x.norm()
+        assert 1 <= int(again.sum()) < 0.5 * tokens  # computed anew
+    assert others  # the screen alone would have chosen another
+
+
+def test_a_screened_head_says_something_where_nothing_is_a_number(device: Device) -> None:
+    head = torch.randn(64, 128).bfloat16()
+    x = torch.full((1, 128), math.nan).bfloat16()
+    token, got = chosen_by(device, head, x, 50, Form(8, 1, 2, 2, 128))
+    assert 0 <= token < 50
+    assert got.isnan().all()
+
+
+def dequantized(made: Screen) -> Tensor:
+    """fp32 weights of a screen, undone as the kernel reads them: PTX ISA, `mma.m16n8k32`."""
+    w = made.product.weight
+    assert isinstance(w, Packed)
+    codes = w.words.contiguous().view(torch.int8).view(-1, w.width // 32, 8, 4, 2, 2, 4)
+    order = codes[..., [0, 2, 1, 3]]  # tile, 32 inputs, g, t, i, half, within
+    codes = order.permute(0, 5, 2, 1, 3, 4, 6).reshape(w.rows, w.width).float()
+    scales = w.scales.contiguous().view(torch.float16).view(w.rows // 16, -1, 8, 2)
+    scales = scales.permute(0, 3, 2, 1).reshape(w.rows, -1).float() / 16
+    return codes * scales.repeat_interleave(w.group, 1)
+
+
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("paired", [False, True])
 def test_packed_weights_are_written_out(device: Device, zeros: bool, paired: bool) -> None:
@@ -169,7 +253,9 @@ def test_steps_are_those_of_torch(
         step.chosen.attention = replace(form, splits=(1, 2, 4)[i], near=i, late=bool(i % 2))
         for key, chosen in step.chosen.products.items():
             step.chosen.products[key] = replace(chosen, held_back=min(i, chosen.depth))
-        device.late = [step.scaled, step.qkv, step.seen, step.inner, step.squares, step.logits]
+        device.late = [
+            step.scaled, step.qkv, step.seen, step.inner, step.squares, step.logits, step.top,
+        ]  # fmt: skip
         want = torch_step(slow.decoder, state.cache, state.rope, step.token.clone()).float()
         step.launch()
         got = step.logits[:, : want.shape[1]]

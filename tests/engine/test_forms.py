@@ -16,6 +16,7 @@ from qatbench.engine.products import (
     LIBRARY,
     LOGITS,
     RESIDUAL,
+    SCREEN,
     STORE,
     Card,
     Form,
@@ -23,14 +24,19 @@ from qatbench.engine.products import (
     shared_by,
 )
 from qatbench.engine.step import Chosen, first_guess
+from qatbench.engine.weights import Packed
 
 HOPPER = Card(132, 228 << 10)
 # Warps, tiles, lead, whether all first spans are held back.
-BEST = {STORE: (12, 2, 0, False), RESIDUAL: (16, 1, 1, True), LOGITS: (8, 1, 1, False)}
+BEST = {
+    STORE: (12, 2, 0, False), RESIDUAL: (16, 1, 1, True), LOGITS: (8, 1, 1, False),
+    SCREEN: (12, 1, 1, True),
+}  # fmt: skip
+HEADS = (LOGITS, SCREEN)
 
 
 def spilled(product: Product, form: Form, columns: int) -> Any:
-    return SimpleNamespace(spilled=64 if form.warps == 8 and product.epilogue != LOGITS else 8)
+    return SimpleNamespace(spilled=64 if form.warps == 8 and product.epilogue not in HEADS else 8)
 
 
 class Step:
@@ -38,8 +44,12 @@ class Step:
 
     def __init__(self, rows: int) -> None:
         self.token = [0] * rows
-        weights = {e: torch.empty(4096, 1024, device="meta") for e in BEST}
-        self.products = [Product(weights[e], e) for e in (STORE, RESIDUAL, STORE, LOGITS)]
+        weights: dict[int, Any] = {e: torch.empty(4096, 1024, device="meta") for e in BEST}
+        weights[SCREEN] = Packed(torch.empty(0), torch.empty(0), None, 4096, 1024, 128, bits=8)
+        heads = HEADS if rows == 1 else HEADS[:1]
+        self.products = [Product(weights[e], e) for e in (STORE, RESIDUAL, STORE, *heads)]
+        self.slow = 4  # what the head takes that is not the faster one
+        self.faster = SCREEN
         self.fused: Any = SimpleNamespace(
             kinds=self.kinds, layers=[SimpleNamespace(q_norm=None)],
             decoder=SimpleNamespace(sizes=SimpleNamespace(layers=3, kv_heads=4, group=2, head=64)),
@@ -59,7 +69,11 @@ class Step:
 
     def seconds(self) -> float:
         taken = 0.0
+        head = HEADS[self.chosen.screened]
+        taken += self.slow * (head != self.faster)
         for product in self.products:
+            if product.epilogue in HEADS and product.epilogue != head:
+                continue
             form, best = self.chosen.products[id(product)], BEST[product.epilogue]
             warps, tiles, lead, held = best
             taken += abs(form.warps - warps) + abs(form.tiles - tiles) + abs(form.lead - lead)
@@ -87,7 +101,10 @@ def test_the_fastest_of_what_does_not_spill_is_found_and_kept(search: Path) -> N
     step: Any = Step(1)
     told: list[tuple[int, int]] = []
     chosen = forms.choose(step, lambda done, total: told.append((done, total)))
+    assert chosen.screened
     for product in step.products:
+        if product.epilogue == LOGITS:
+            continue
         form = chosen.products[id(product)]
         held = form.held_back == form.depth
         found = (form.warps, form.tiles, form.lead, held)
@@ -100,6 +117,21 @@ def test_the_fastest_of_what_does_not_spill_is_found_and_kept(search: Path) -> N
     (kept,) = store.read_json(search).values()
     assert kept["attention"]["late"] is True
     assert set(kept["products"]) == set(step.kinds(1))
+
+
+def test_the_faster_head_is_taken(search: Path) -> None:
+    step: Any = Step(1)
+    step.faster, step.slow = LOGITS, 40
+    chosen = forms.choose(step)
+    assert not chosen.screened
+    form = chosen.products[id(step.products[3])]
+    assert (form.warps, form.tiles, form.lead) == BEST[LOGITS][:3]
+    again: Any = Step(1)
+    assert not forms.choose(again).screened  # as it was kept
+    assert not again.timed
+    wider: Any = Step(5)
+    assert not forms.choose(wider).screened
+    assert wider.timed
 
 
 def test_what_was_found_is_read_by_another_model_of_these_shapes(search: Path) -> None:
@@ -123,7 +155,7 @@ def test_products_of_one_kind_change_together(search: Path) -> None:
     step: Any = Step(1)
     forms.choose(step)
     kinds = {product.kind(1): None for product in step.products}
-    assert len(kinds) == 3
+    assert len(kinds) == 4
     for *found, _ in step.timed:
         assert found[0] == found[2]  # first and third: one kind
 

@@ -189,6 +189,29 @@ def test_forms_are_measured_once_and_change_no_state(
     compare_steps(fast, FastRunner(reference, kernels=False), prompts(40, 8))
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["bf16", "int4"])
+def test_a_screened_head_tells_the_same_tokens(packed: bool) -> None:
+    reference = loaded_of("qwen2", "cuda")
+    fast = FastRunner(loaded_of("qwen2", "cuda"), int4(reference) if packed else None)
+    whole = fast.weight_bytes()
+    told = []
+    for screened in (True, False):
+        started = fast.start(prompts(90), 40)
+        started.state.step.chosen.screened = screened
+        told.append(fast.step(started, 32))
+    assert torch.equal(*told)
+    screen = fast.fused.screen
+    assert fast.weight_bytes() == whole + screen.bytes()
+    rows, width = fast.fused.head.weight.shape
+    assert (
+        screen.bytes() == rows * width + rows * width // screen.product.weight.group * 2 + 4 * rows
+    )
+    fast.chosen["1"] = started.state.step.chosen
+    assert fast.head_bytes(1) is None
+    started.state.step.chosen.screened = True
+    assert fast.head_bytes(1) == screen.product.bytes()
+
+
 def test_steps_of_one_call_and_of_several_are_the_same() -> None:
     fast = FastRunner(loaded_of("llama", "cuda"))
     a = fast.start(prompts(40, 8), 24)

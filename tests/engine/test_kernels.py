@@ -24,7 +24,17 @@ from machine_code import FRAME, REGISTERS, attribute, needs_nvrtc
 
 from qatbench.engine import cuda
 from qatbench.engine.attention import Attention, attentions
-from qatbench.engine.products import LIBRARY, LOGITS, RESIDUAL, STORE, SWIGLU, Card, Form, Product
+from qatbench.engine.products import (
+    LIBRARY,
+    LOGITS,
+    RESIDUAL,
+    SCREEN,
+    STORE,
+    SWIGLU,
+    Card,
+    Form,
+    Product,
+)
 from qatbench.engine.step import Step
 from qatbench.engine.weights import Packed
 
@@ -51,7 +61,7 @@ def test_stack_and_registers_are_read_from_machine_code(capability: tuple[int, i
         p[0] = on_stack[p[n]];
     }"""
     options = ["--gpu-architecture=sm_{}{}".format(*capability)]
-    image = cuda._compiled(cuda._binding("nvrtc"), "f.cu", code, b"", options)
+    image = cuda._compiled(cuda._binding("nvrtc"), "f.cu", code, {}, options)
     assert max(attribute(image, FRAME)) == 400
     assert 8 <= max(attribute(image, REGISTERS)) <= 255
 
@@ -82,8 +92,8 @@ def product(
     """Only shapes matter."""
     empty = torch.empty(0)
     weight: Any = torch.empty(rows, width, device="meta")
-    if bits == 4:
-        weight = Packed(empty, empty, empty if zeros else None, rows, width, group)
+    if bits < 16:
+        weight = Packed(empty, empty, empty if zeros else None, rows, width, group, bits=bits)
     return Product(weight, epilogue, None, alone)
 
 
@@ -122,9 +132,9 @@ def chosen_cases() -> Iterator[Case]:
     for row in itertools.chain.from_iterable(itertools.chain(*model["linears"].values())):
         if "span" not in row["form"]:
             pytest.skip(f"{MEASURED.name} has forms of kernels that are no more: measure them anew")
-        kind = re.fullmatch(r"(int4 g128 )?\d+x\d+ epilogue (\d) columns (\d+)", row["kind"])
+        kind = re.fullmatch(r"(?:int(\d) g128 )?\d+x\d+ epilogue (\d) columns (\d+)", row["kind"])
         assert kind, row["kind"]
-        weight = (4, 128, False) if kind[1] else (16, 0, False)
+        weight = (int(kind[1]), 128, False) if kind[1] else (16, 0, False)
         form, epilogue, columns = Form(**row["form"]), int(kind[2]), int(kind[3])
         if form != LIBRARY:
             yield "linear.cu", product(*weight, epilogue)._defines(form, columns), HOPPER
@@ -145,6 +155,7 @@ def attention_cases(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Case, int
         monkeypatch.setattr(Card, "current", lambda card=card: CARDS[card])
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card=card: card)
         forms = attentions(step.fused, (1, 16, 40, 64)[(head // 64 + group) % 4])
+        forms = [form for form in forms if not form.warps]
         by_heads = itertools.groupby(forms, key=lambda form: form.heads)
         every: list[list[Attention]] = [list(alike) for _, alike in by_heads]
         heads = -1 if head == 128 else (head // 64 + group) % len(every)
@@ -152,6 +163,22 @@ def attention_cases(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Case, int
             asked: Any = step.attention_kernel(some[one % len(some)], bool(one % 2))
             shared = asked.pop("shared")
             yield ("attention.cu", asked, card), shared
+
+
+def grouped_cases() -> Iterator[tuple[Case, int]]:
+    """Each head size with each group of more than one, forms and cards in turn."""
+    turn = itertools.count()
+    for head, group in itertools.product((64, 128, 256), (*range(2, 9), 12)):
+        for card in (HOPPER, AMPERE):
+            sizes = SimpleNamespace(group=group, head=head, kv_heads=4)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Card, "current", lambda card=card: CARDS[card])
+                patch.setattr(torch.cuda, "get_device_capability", lambda card=card: card)
+                fused: Any = SimpleNamespace(decoder=SimpleNamespace(sizes=sizes))
+                some = [form for form in attentions(fused, 1) if form.warps]
+            form = some[5 * next(turn) % len(some)]
+            defines = form.defines(group, head, bool(group % 2))
+            yield (form.source[0], defines, card), form.shared(head)
 
 
 def small_cases() -> list[Case]:
@@ -188,6 +215,20 @@ def test_linear_compiles_for_every_weight_epilogue_and_batch() -> None:
             assert static_shared(image, "linear", card) == own_shared(defines), case
             if roomiest and defines["NT"] <= 4:
                 assert max(attribute(image, FRAME)) <= MOST_STACK, case
+
+
+@needs_nvrtc
+def test_screens_compile_in_all_forms() -> None:
+    cases: list[Case] = []
+    for group, card in ((128, HOPPER), (64, AMPERE), (32, HOPPER)):
+        p = product(8, group, False, SCREEN, rows=32064)
+        forms = own_forms(p, 1, card)
+        assert len(forms) >= 8
+        cases += [("linear.cu", p._defines(form, 1), card) for form in forms]
+    images = compile_all(cases)
+    check(images, "linear")
+    stacks = [max(attribute(image, FRAME)) for image in images.values()]
+    assert 3 * stacks.count(0) >= 2 * len(stacks)
 
 
 @needs_nvrtc
@@ -236,9 +277,28 @@ def test_attention_compiles_for_every_head_and_group(monkeypatch: pytest.MonkeyP
 
 
 @needs_nvrtc
+def test_grouped_attention_compiles_for_every_head_and_group() -> None:
+    cases, shared = zip(*grouped_cases(), strict=True)
+    for key, most in (
+        ("D", 3), ("G", 7), ("HEADS", 8), ("HEADNORM", 2), ("WARPS", 2), ("STAGED", 2),
+        ("BLOCKS", 2), ("SPLITS", 3),
+    ):  # fmt: skip
+        assert len({defines[key] for _, defines, _ in cases}) == most, key
+    images = compile_all(cases)
+    check(images, "grouped")
+    stacks = []
+    for (_, d, card), dynamic, (case, image) in zip(cases, shared, images.items(), strict=True):
+        assert dynamic == d["STAGED"] * d["WARPS"] * 16 * 2 * 2 * d["D"], case  # keys and values
+        taken = dynamic + static_shared(image, "grouped", card) + SYSTEM
+        assert taken * d["BLOCKS"] <= CARDS[card].shared, case
+        stacks.append(max(attribute(image, FRAME)))
+    assert max(stacks) <= MOST_STACK, stacks
+
+
+@needs_nvrtc
 def test_small_kernels_compile() -> None:
     images = compile_all(small_cases())
-    check(images, "embed", "choose")
+    check(images, "embed", "choose", "decide")
     for case, image in images.items():
         assert (b"dequantize" in image) == ("GROUP" in case)
         assert (b"after" in image) == ("EPILOGUE" in case)
@@ -281,7 +341,8 @@ def test_bytes_of_shared_memory_are_the_kernels_own() -> None:
     for passage in LAID_OUT.split(" ... "):
         assert " ".join(passage.split()) in " ".join(text.split())
     asserted: dict[str, list[str]] = {}
-    for weight, columns in itertools.product(WEIGHTS, COLUMNS):
+    both = [*itertools.product(WEIGHTS, COLUMNS), ((8, 128, False), 1), ((8, 32, False), 1)]
+    for weight, columns in both:
         p = product(*weight, STORE, rows=22016)
         groups = p.width // weight[1] if weight[1] else 0
         for form in own_forms(p, columns, HOPPER):
@@ -293,7 +354,7 @@ def test_bytes_of_shared_memory_are_the_kernels_own() -> None:
                 f"({p.width} * BYTES_OF_X + {groups} * sizeof(float2)) == "
                 f'{p._taken(form, columns, CARDS[HOPPER])}, "{form}");'
             )
-    nvrtc, common = cuda._binding("nvrtc"), (cuda.SOURCES / cuda.COMMON).read_bytes()
+    nvrtc, common = cuda._binding("nvrtc"), cuda.headers()
 
     def compiled(options: str) -> bytes:
         code = "\n".join([text.partition('extern "C"')[0], *asserted[options]]).encode()

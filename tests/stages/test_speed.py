@@ -26,6 +26,7 @@ from qatbench.stages.speed_measure import SpeedSettings
 from qatbench.stages.speed_prompts import prompts
 from qatbench.stages.speed_questions import Asked
 from qatbench.tasks import selector
+from qatbench.vlm import layout
 from qatbench.vlm.batch import Encoded, Encoder
 from qatbench.vlm.counts import decode_bytes
 from qatbench.vlm.load import ModelFolder, find, load
@@ -202,6 +203,17 @@ def test_the_limit_is_bytes_over_bandwidth(fakes: list[ModelFolder], machine: Ma
     assert row.moved_bytes == moved
     assert row.limit_tokens_per_second == pytest.approx(4 * 10_000 / (moved or 0))
     assert row.share_of_limit == pytest.approx((4 / 0.1) / (4 * 10_000 / (moved or 0)))
+
+
+def test_the_limit_is_of_what_an_engine_reads_of_the_head(
+    fakes: list[ModelFolder], machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = fakes[0].config
+    monkeypatch.setattr(Fake, "head_bytes", lambda self, rows: 100 * rows)
+    row = by_case(speed(fakes, SMALL, {}, silent, machine))["slow", "qatbench", 4, 20]
+    text = layout.text_sizes(config)
+    head = 4 * int(text["vocab_size"]) * int(text["hidden_size"])
+    assert row.moved_bytes == (decode_bytes(config, 4, 4, 20 + 5) or 0) - head + 400
 
 
 def test_memory_that_runs_out_is_a_row(

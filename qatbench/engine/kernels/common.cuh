@@ -144,6 +144,7 @@ __device__ __forceinline__ void wait_for_prior() {
 #define RESIDUAL 1  // x[n][row] += y, bf16; scaled = x * weight and squares of x for the next norm
 #define SWIGLU 2    // the first half of the rows is gate, the second up: silu(gate) * up, bf16
 #define LOGITS 3    // out[n][row] = y, fp32
+#define SCREEN 4    // the same of one column; the largest also goes to `top`, `ordered`
 
 struct Output {
     void* out;
@@ -153,7 +154,18 @@ struct Output {
     const u16* weight;     // RESIDUAL: of the next norm
     u16* scaled;           // RESIDUAL
     double* next;          // RESIDUAL: [column], added to
+    u32* top;              // SCREEN
+    int tokens;            // SCREEN: rows that are some
 };
+
+// Numbers in the order of what they are told as; 0 is none's.
+__device__ __forceinline__ u32 ordered(float v) {
+    const u32 bits = __float_as_uint(v);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float of_order(u32 v) {
+    return __uint_as_float(v & 0x80000000u ? v & 0x7FFFFFFFu : ~v);
+}
 
 #ifdef EPILOGUE
 
@@ -188,7 +200,7 @@ __device__ __forceinline__ void finish(
     const int row = tile * 16 + g;
     const size_t to = (size_t)n * rows + row;
     if (o.bias) upper += low(b.bias), lower += high(b.bias);
-#if EPILOGUE == LOGITS
+#if EPILOGUE == LOGITS || EPILOGUE == SCREEN
     if (on) ((float*)o.out)[to] = upper, ((float*)o.out)[to + 8] = lower;
 #elif EPILOGUE == RESIDUAL
     const u16 first = to_bf16(low(b.x) + upper);

@@ -1,7 +1,7 @@
 // y = W x for a few columns x, at the speed of memory: W is read once, in order, by every
 // multiprocessor.
 //
-// W has `rows` outputs and K inputs, 4-bit or bf16. 16 rows are a tile, MT tiles a unit. A block has
+// W has `rows` outputs and K inputs, of 4 or 8 bits or bf16. 16 rows are a tile, MT tiles a unit. A block has
 // some units; their SPANs of inputs, in order, are shared out evenly among its warps, whatever the
 // ends of units. A warp multiplies its spans on the tensor cores (mma.m16n8k16, W as the left
 // operand, up to 8 * NT columns of x as the right one); at the end of a unit, or of its share, it
@@ -27,12 +27,12 @@
 // The RMS norm of a product's input is split: whoever makes x also writes x times the norm's weight,
 // which is what comes in here, and adds up the squares of x; 1 / rms is applied to y.
 //
-// Defined at compilation: BITS 4 | 16; GROUP inputs a scale, 32, 64 or 128 (BITS 4); SPAN; ZEROS
-// 0 | 1; NT, MT, WARPS, DEPTH, BLOCKS; SINGLE (one column); EPILOGUE.
+// Defined at compilation: BITS 4 | 8 | 16 (8: for one column, without zero points; bytes are weights as
+// they are); GROUP inputs a scale, 32, 64 or 128 (BITS 4, 8); SPAN; ZEROS 0 | 1; NT, MT, WARPS, DEPTH, BLOCKS; SINGLE (one column); EPILOGUE.
 #include "common.cuh"
 
-#if BITS == 4
-#define LOADS (SPAN / 64)  // uint4 a lane, tile and span
+#if BITS <= 8
+#define LOADS (SPAN * BITS / 256)  // uint4 a lane, tile and span
 #define GROUPS_A_SPAN (SPAN / GROUP)
 #define RAISED (NT == 1)
 #define CHAINS (NT * MT == 1 && GROUP > 32 ? 2 : 1)  // sums that do not wait for each other
@@ -44,7 +44,7 @@
 #define SUMS (SINGLE ? 2 : 4)  // of a tile and eight columns that a lane has
 #define VECTORS (SPAN / 32)    // of eight inputs that a lane has of a column and span
 #define AHEAD (BITS == 4 && !SINGLE && NT * VECTORS <= 8)  // a span of x is asked for early
-#define DIGITS (SINGLE && BITS == 4)       // of x, not bf16
+#define DIGITS (SINGLE && BITS <= 8)       // of x, not bf16
 #define BYTES_OF_X (DIGITS ? 3 : 2)        // an input
 #define PIECE_OF_X (DIGITS ? 64 * 3 : 64)  // bytes that a read of all lanes takes, if SINGLE
 
@@ -52,7 +52,7 @@
 // scales, which is faster than to share them.
 struct Slot {
     uint4 w[MT][LOADS][32];
-#if BITS == 4
+#if BITS <= 8
     u32 scale[MT][GROUPS_A_SPAN][32];
 #if ZEROS
     u32 zero[MT][GROUPS_A_SPAN][32];
@@ -61,7 +61,7 @@ struct Slot {
 };
 
 struct Weights {
-    const uint4* words;  // BITS 4: [tile][K / 64][lane]; BITS 16: bf16 [rows][K]
+    const uint4* words;  // BITS 4, 8: [tile][K / 64, K / 32][lane]; BITS 16: bf16 [rows][K]
     const u32* scales;   // [tile][K / GROUP][8]: fp16 of rows g and g + 8
     const u32* zeros;    // the same: 128 + zero as bf16
     int rows, K;
@@ -70,7 +70,7 @@ struct Weights {
 // Where a warp's next span comes from.
 struct Source {
     const uint4* words;  // of this lane; BITS 16: of the upper row
-#if BITS == 4
+#if BITS <= 8
     const u32 *scales, *zeros;
 #else
     int lower;           // from there to the lower row, in vectors of 8
@@ -79,7 +79,7 @@ struct Source {
 };
 
 __device__ __forceinline__ Source source(const Weights& W, int unit, int span, int lane) {
-#if BITS == 4
+#if BITS <= 8
     const size_t at = (size_t)unit * MT * (W.K / SPAN) + span;
     const size_t scale = at * GROUPS_A_SPAN * 8 + lane / 4;
     return Source{W.words + at * LOADS * 32 + lane, W.scales + scale, W.zeros + scale, span};
@@ -93,7 +93,7 @@ __device__ __forceinline__ Source source(const Weights& W, int unit, int span, i
 // Ask for a span, and go on.
 __device__ __forceinline__ void fetch(Slot& slot, Source& s, int K, int lane) {
     const int spans = K / SPAN;
-#if BITS == 4
+#if BITS <= 8
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
 #pragma unroll
@@ -171,7 +171,7 @@ typedef Input Held;
 // One span of all columns: acc += W[:, span] x[span].
 __device__ __forceinline__ void multiply(
     float (&acc)[MT][NT][SUMS], const Slot& slot, const Held& in, int lane) {
-#if BITS == 4 && SINGLE
+#if BITS <= 8 && SINGLE
     const int second = lane & 1 ? 0 : 256;  // lanes with t = 0 have digits 0 and 1, with 1 digit 2
 #pragma unroll
     for (int group = 0; group < GROUPS_A_SPAN; ++group) {
@@ -183,11 +183,17 @@ __device__ __forceinline__ void multiply(
             if (k == 0 || i % 2 == 0) b = in(0, i / 2, lane);
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
+                const u32 b0 = i % 2 ? b.z : b.x, b1 = i % 2 ? b.w : b.y;
+#if BITS == 4
                 const uint4 four = slot.w[m][i / 2][lane];
                 const u32 u = i % 2 ? four.z : four.x, v = i % 2 ? four.w : four.y;
                 const u32 mask = 0xF0F0F0F0u;
                 mma_bytes(part[k % CHAINS][m], u << 4 & mask, u & mask, v << 4 & mask, v & mask,
-                          i % 2 ? b.z : b.x, i % 2 ? b.w : b.y);
+                          b0, b1);
+#else
+                const uint4 a = slot.w[m][i][lane];
+                mma_bytes(part[k % CHAINS][m], a.x, a.y, a.z, a.w, b0, b1);
+#endif
             }
         }
         const float2 x = in.groups[group];
@@ -310,7 +316,7 @@ __device__ __forceinline__ void leave(Sums& to, float (&acc)[MT][NT][SUMS], int 
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
 #if SINGLE
-#if BITS == 4
+#if BITS <= 8
 #pragma unroll
             for (int s = 0; s < 2; ++s)
                 acc[m][n][s] += 65536.f * __shfl_down_sync(~0u, acc[m][n][s], 1);
@@ -354,7 +360,7 @@ __device__ __forceinline__ Early early(
 // Add up what warps left of tile and eight columns e of a round, and finish it. All of a warp.
 __device__ __forceinline__ void end_of_tile(
     const Sums* sums, u32 sharers, const Early& before, const float* factors, const Output& output,
-    int e, int begin, int lane, int rows, int columns) {
+    u32& most, int e, int begin, int lane, int rows, int columns) {
     const int tile = e / NT, unit = tile / MT, m = tile % MT, last = sharers >> 16;
     int w = sharers & 0xFFFF;
 #if SINGLE
@@ -367,6 +373,10 @@ __device__ __forceinline__ void end_of_tile(
     y += __shfl_xor_sync(~0u, y, 16);
     const float lower = __shfl_xor_sync(~0u, y, 8), f = factors[0];
     finish<1>(output, before.of[0], begin * MT + tile, lane % 8, 0, y * f, lower * f, rows, lane < 8);
+#if EPILOGUE == SCREEN
+    const int row = (begin * MT + tile) * 16 + lane % 16;
+    if (row < output.tokens) most = max(most, ordered(y * f));
+#endif
 #else
     float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
     for (; w <= last; w += 4) {
@@ -395,7 +405,7 @@ __device__ __forceinline__ u32 bytes(int at, u32 a, u32 b, u32 c, u32 d) {
     return __byte_perm(__byte_perm(a, b, two), __byte_perm(c, d, two), 0x5410);
 }
 
-// x into shared memory, a vector of eight a thread and turn. BITS 4: digit by digit of 64 inputs, of
+// x into shared memory, a vector of eight a thread and turn. BITS 4, 8: digit by digit of 64 inputs, of
 // each those of lanes with t = 0 first, in the order in which a byte of W has them (see weights.py).
 // `asked`: is called when x, or its first part, has been asked for.
 template <class Asked>
@@ -414,7 +424,7 @@ __device__ __forceinline__ void stage(
         for (int j = 0; j < 4; ++j) {
             const int i = first + j * THREADS + threadIdx.x;
             if (first + j * THREADS + (threadIdx.x & ~31) >= K / 8) break;  // the whole warp
-#if BITS == 4
+#if BITS <= 8
             const float f[8] = {low(v[j].x), high(v[j].x), low(v[j].y), high(v[j].y),
                                 low(v[j].z), high(v[j].z), low(v[j].w), high(v[j].w)};
             float most = 0.f, sum = 0.f;
@@ -481,6 +491,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
     for (int n = 0; n < NT; ++n)
         in.x[n] = x + (size_t)min(n * 8 + lane / 4, columns - 1) * (W.K / 8) + (lane & 3);
 #endif
+    u32 most = 0;  // EPILOGUE SCREEN: of a lane's outputs
     for (int begin = first; begin < end; begin += round) {
         const int units = min(round, end - begin), share = units * spans;
         const int from = warp * share / WARPS, unit = warp * units / WARPS;
@@ -573,9 +584,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
             const Early before =
                 e == warp ? first_tile : early(output, e, begin, lane, W.rows, columns);
             end_of_tile(
-                sums, shared_by[e / (MT * NT)], before, factors, output, e, begin, lane, W.rows,
-                columns);
+                sums, shared_by[e / (MT * NT)], before, factors, output, most, e, begin, lane,
+                W.rows, columns);
         }
         if (begin + round < end) __syncthreads();  // sums were read
     }
+#if EPILOGUE == SCREEN
+#pragma unroll
+    for (int i = 1; i < 16; i *= 2) most = max(most, __shfl_xor_sync(~0u, most, i));
+    if (lane == 0 && most) atomicMax(output.top, most);
+#endif
 }

@@ -2,10 +2,11 @@
 #include "common.cuh"
 
 // x[row] = table[token[row]]; scaled = x * weight, and the squares of x, for the first norm; the
-// sums of squares of all other norms become zero. grid (rows), 256 threads
+// sums of squares of all other norms become zero, and the largest logit none. grid (rows), 256
+// threads
 extern "C" __global__ void __launch_bounds__(256) embed(
     const long long* token, const uint4* table, const uint4* weight, uint4* x, uint4* scaled,
-    double* squares, int vectors, int norms) {
+    double* squares, u32* top, int vectors, int norms) {
     __shared__ float parts[8];
     wait_for_prior();
     start_dependents();
@@ -27,6 +28,7 @@ extern "C" __global__ void __launch_bounds__(256) embed(
     square = 0.f;
     for (int i = 0; i < 8; ++i) square += parts[i];
     squares[row] = square;
+    top[row] = 0;
 }
 
 // What follows a dense product y [columns][rows] that a library made; grid (tiles / 32, columns),
@@ -51,23 +53,22 @@ extern "C" __global__ void __launch_bounds__(256) after(const u16* y, Output out
 }
 #endif
 
-// The likeliest token of each row, the lowest of equal ones; then the row is one token on.
-// grid (blocks, rows), 256 threads; best and counter are zero before and after.
-extern "C" __global__ void __launch_bounds__(256) choose(
-    const float* logits, int tokens, int stride, u64* best, int* counter, long long* token,
-    long long* told, int* count, int* filled, int* turned, int room) {
-    __shared__ u64 found[8];
-    const int row = blockIdx.y;
-    wait_for_prior();
-    start_dependents();
-    logits += (size_t)row * stride;
-    u64 most = 0;
-    for (int i = blockIdx.x * 256 + threadIdx.x; i < tokens; i += gridDim.x * 256) {
-        const u32 bits = __float_as_uint(logits[i]);
-        const u32 ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-        const u64 key = (u64)ordered << 32 | (0xFFFFFFFFu - (u32)i);
-        most = key > most ? key : most;
-    }
+// Where a row stands: one token on, or all that is known of it.
+struct Row {
+    u64* best;      // zero before and after, as is counter
+    int* counter;
+    long long *token, *told;  // told: [rows][room]
+    int *count, *filled, *turned;
+    int room;
+};
+
+// A logit and its token: of equal ones the lowest token is the largest.
+__device__ __forceinline__ u64 key(float logit, int token) {
+    return (u64)ordered(logit) << 32 | (0xFFFFFFFFu - (u32)token);
+}
+
+// The largest key of all 256 threads of all blocks of a row: then the row is one token on.
+__device__ __forceinline__ void settle(const Row& r, int row, u64 most, u64 (&found)[8]) {
     for (int i = 16; i; i /= 2) {
         const u64 other = __shfl_xor_sync(~0u, most, i);
         most = other > most ? other : most;
@@ -76,15 +77,87 @@ extern "C" __global__ void __launch_bounds__(256) choose(
     __syncthreads();
     if (threadIdx.x) return;
     for (int i = 0; i < 8; ++i) most = found[i] > most ? found[i] : most;
-    atomicMax(best + row, most);
+    atomicMax(r.best + row, most);
     __threadfence();
-    if (atomicAdd(counter + row, 1) != gridDim.x - 1) return;
+    if (atomicAdd(r.counter + row, 1) != gridDim.x - 1) return;
     __threadfence();
-    const u32 chosen = 0xFFFFFFFFu - (u32)atomicExch(best + row, 0ull);
-    counter[row] = 0;
-    token[row] = chosen;
-    if (count[row] < room) told[(size_t)row * room + count[row]] = chosen;
-    ++count[row], ++filled[row], ++turned[row];
+    const u32 chosen = 0xFFFFFFFFu - (u32)atomicExch(r.best + row, 0ull);
+    r.counter[row] = 0;
+    r.token[row] = chosen;
+    if (r.count[row] < r.room) r.told[(size_t)row * r.room + r.count[row]] = chosen;
+    ++r.count[row], ++r.filled[row], ++r.turned[row];
+}
+
+// The likeliest token of each row, the lowest of equal ones. grid (blocks, rows), 256 threads
+extern "C" __global__ void __launch_bounds__(256) choose(
+    const float* logits, int tokens, int stride, Row r) {
+    __shared__ u64 found[8];
+    const int row = blockIdx.y;
+    wait_for_prior();
+    start_dependents();
+    logits += (size_t)row * stride;
+    u64 most = 0;
+    for (int i = blockIdx.x * 256 + threadIdx.x; i < tokens; i += gridDim.x * 256) {
+        const u64 one = key(logits[i], i);
+        most = one > most ? one : most;
+    }
+    settle(r, row, most, found);
+}
+
+// The same for one row whose logits are those of a screen: weights W of 8 bits. A logit is off by at
+// most |x| times the norm of what its weights lack, `errors`, the largest of which is `most_error`. So
+// tokens that may be the likeliest are those that could reach what the first of them has at least; their
+// logits are computed anew, from bf16, and written; all where something is no number. grid (blocks), 256
+// threads
+extern "C" __global__ void __launch_bounds__(256) decide(
+    float* logits, int tokens, const u32* top, const float* errors, float most_error,
+    const uint4* W, const uint4* x, int vectors, const double* squares, float eps, Row r) {
+    extern __shared__ uint4 staged[];  // x
+    __shared__ float parts[8];
+    __shared__ u64 found[8];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    wait_for_prior();
+    start_dependents();
+    const float factor = rsqrtf((float)(squares[0] / (vectors * 8)) + eps);
+    float square = 0.f;
+    for (int i = threadIdx.x; i < vectors; i += 256) {
+        const uint4 v = x[i];
+        square += squared(v.x) + squared(v.y) + squared(v.z) + squared(v.w);
+        staged[i] = v;
+    }
+    square = warp_sum(square);
+    if (lane == 0) parts[warp] = square;
+    __syncthreads();
+    square = 0.f;
+    for (int i = 0; i < 8; ++i) square += parts[i];
+    const float norm = sqrtf(square) * factor;
+    const float least = of_order(top[0]) - most_error * norm;
+    u64 most = 0;
+    for (int begin = (blockIdx.x * 8 + warp) * 32; begin < tokens; begin += gridDim.x * 256) {
+        const int i = begin + lane;
+        bool may_be = false;
+        if (i < tokens) {
+            const float v = logits[i];
+            may_be = !(v + most_error * norm < least) && !(v + errors[i] * norm < least);
+        }
+        for (u32 left = __ballot_sync(~0u, may_be); left; left &= left - 1) {
+            const int token = begin + __ffs(left) - 1;
+            const uint4* const w = W + (size_t)token * vectors;
+            float sum = 0.f;
+            for (int k = lane; k < vectors; k += 32) {
+                const uint4 a = w[k], b = staged[k];
+                sum += low(a.x) * low(b.x) + high(a.x) * high(b.x);
+                sum += low(a.y) * low(b.y) + high(a.y) * high(b.y);
+                sum += low(a.z) * low(b.z) + high(a.z) * high(b.z);
+                sum += low(a.w) * low(b.w) + high(a.w) * high(b.w);
+            }
+            const float exact = warp_sum(sum) * factor;
+            if (lane == 0) logits[token] = exact;
+            const u64 one = key(exact, token);
+            most = one > most ? one : most;
+        }
+    }
+    settle(r, 0, most, found);
 }
 
 #ifdef GROUP
