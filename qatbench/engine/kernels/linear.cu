@@ -399,10 +399,12 @@ __device__ __forceinline__ void end_of_tile(
 }
 
 #if SINGLE
-// Byte `at` of four words.
-__device__ __forceinline__ u32 bytes(int at, u32 a, u32 b, u32 c, u32 d) {
-    const u32 two = at | at + 4 << 4;
-    return __byte_perm(__byte_perm(a, b, two), __byte_perm(c, d, two), 0x5410);
+// The first three bytes of four words, byte by byte, each less 128.
+__device__ __forceinline__ void split(u32 (&to)[3], u32 a, u32 b, u32 c, u32 d) {
+    const u32 first = __byte_perm(a, b, 0x5140), second = __byte_perm(c, d, 0x5140);
+    to[0] = __byte_perm(first, second, 0x5410) ^ 0x80808080u;
+    to[1] = __byte_perm(first, second, 0x7632) ^ 0x80808080u;
+    to[2] = __byte_perm(__byte_perm(a, b, 0x62), __byte_perm(c, d, 0x62), 0x5410) ^ 0x80808080u;
 }
 
 // x into shared memory, a vector of eight a thread and turn. BITS 4, 8: digit by digit of 64 inputs, of
@@ -429,7 +431,10 @@ __device__ __forceinline__ void stage(
                                 low(v[j].z), high(v[j].z), low(v[j].w), high(v[j].w)};
             float most = 0.f, sum = 0.f;
 #pragma unroll
-            for (int e = 0; e < 8; ++e) most = fmaxf(most, fabsf(f[e])), sum += f[e];
+            for (int e = 0; e < 8; ++e) {
+                most = fmaxf(most, fabsf(f[e]));
+                if (ZEROS) sum += f[e];
+            }
 #pragma unroll
             for (int l = GROUP / 16; l; l /= 2) {
                 most = fmaxf(most, __shfl_xor_sync(~0u, most, l));
@@ -442,13 +447,13 @@ __device__ __forceinline__ void stage(
 #pragma unroll
             for (int e = 0; e < 8; ++e)
                 digits[e] = __float_as_uint(f[e] * times + 12582912.f) + 0x408080u;
+            u32 upper[3], lower[3];
+            split(upper, digits[0], digits[2], digits[1], digits[3]);
+            split(lower, digits[4], digits[6], digits[5], digits[7]);
             uint2* at = (uint2*)to + i / 8 * 24 + i % 4 * 2 + i / 4 % 2;
 #pragma unroll
             for (int d = 0; d < 3; ++d)
-                if (i < K / 8)
-                    at[d * 8] = make_uint2(
-                        bytes(d, digits[0], digits[2], digits[1], digits[3]) ^ 0x80808080u,
-                        bytes(d, digits[4], digits[6], digits[5], digits[7]) ^ 0x80808080u);
+                if (i < K / 8) at[d * 8] = make_uint2(upper[d], lower[d]);
             const float divided_by = __uint_as_float(exponent - 25 << 23);  // W is times 16
             if (i < K / 8 && i % (GROUP / 8) == 0)
                 groups[i * 8 / GROUP] = make_float2(sum * times * 16.f, divided_by);
