@@ -4,8 +4,8 @@
 //
 // Copies into shared memory that nobody waits for come as late as they may, or at once (`lazy`): the
 // first shows who reads too early, the second who overwrites what is still wanted. What a kernel may
-// only read once the kernels before it have ended is not there until a thread of its block has waited
-// for them (`late`).
+// only read once the kernels before it have ended is not there until all threads of its cluster have
+// waited for them (`late`).
 #pragma once
 #include <ucontext.h>
 
@@ -124,7 +124,7 @@ static const int VALUES = 6;
 static std::vector<Fiber> fibers;
 static std::vector<Block> blocks;
 static std::vector<Late> late;
-static Meeting cluster;
+static Meeting cluster, prior;  // prior: who waits for the kernels before
 static ucontext_t scheduler;
 static Fiber* now;
 static void (*body)(void**);
@@ -192,7 +192,7 @@ static void run(std::vector<uint3> indices, int threads, size_t shared) {
     const int warps = threads / 32;
     blocks.clear(), fibers.clear();
     blocks.resize(indices.size()), fibers.resize(indices.size() * threads);
-    cluster = {(int)fibers.size(), 0, 0};
+    cluster = prior = {(int)fibers.size(), 0, 0};
     waited = false;
     for (Late& l : late) memset(l.to, 0xFF, l.real.size());
     for (size_t b = 0; b < blocks.size(); ++b) {
@@ -212,21 +212,26 @@ static void run(std::vector<uint3> indices, int threads, size_t shared) {
             makecontext(&f.context, start, 0);
         }
     }
+    // A warp goes as far as it can before the next one does anything.
     int placed = -1;
     for (bool more = true; more;) {
         bool any = more = false;
-        for (size_t i = 0; i < fibers.size(); ++i) {
-            Fiber& f = fibers[i];
-            if (f.ended) continue;
-            more = true;
-            if (f.waits_for && f.waits_for->turn < f.until) continue;
-            f.waits_for = nullptr, any = true;
-            if (placed != f.block) take_place(placed, f.block), placed = f.block;
-            now = &f, threadIdx = f.thread, blockIdx = blocks[f.block].index;
-            swapcontext(&scheduler, &f.context);
-            now = nullptr;
-            if (failure[0]) return;
-        }
+        for (size_t first = 0; first < fibers.size(); first += 32)
+            for (bool on = true; on;) {
+                on = false;
+                for (size_t i = first; i < first + 32; ++i) {
+                    Fiber& f = fibers[i];
+                    if (f.ended) continue;
+                    more = true;
+                    if (f.waits_for && f.waits_for->turn < f.until) continue;
+                    f.waits_for = nullptr, any = on = true;
+                    if (placed != f.block) take_place(placed, f.block), placed = f.block;
+                    now = &f, threadIdx = f.thread, blockIdx = blocks[f.block].index;
+                    swapcontext(&scheduler, &f.context);
+                    now = nullptr;
+                    if (failure[0]) return;
+                }
+            }
         if (more && !any) return fail("threads wait for ever");
     }
     if (!waited) fail("a kernel ends without having waited");
@@ -396,6 +401,7 @@ template <class T>
 static void at_hand(T*) {}
 static void start_dependents() {}
 static void wait_for_prior() {
+    emulator::meet(emulator::prior);
     if (!emulator::waited)
         for (emulator::Late& l : emulator::late) memcpy(l.to, l.real.data(), l.real.size());
     emulator::waited = true;

@@ -161,40 +161,26 @@ def chosen_by(
     return int(token.item()), out[0, :tokens]
 
 
-@pytest.mark.parametrize("case", list(SCREENED))
-def test_a_screened_head_chooses_what_16_bits_do(device: Device, case: str) -> None:
-    rows, width, tokens, form = SCREENED[case]
-    others = 0
-    for seed, below in ((0, False), (1, False), (2, False), (3, True)):
-        torch.manual_seed(seed)
-        head = torch.randn(rows, width).bfloat16() / 16
-        x = torch.randn(1, width).bfloat16()
-        if below:  # all logits are below zero: those of rows that fill up are above them
-            head = -head.abs() * x.sign()
-        head[tokens:] = 0
-        # The likeliest are nearly alike: rounding to 8 bits takes more than lies between them.
-        near, way = torch.randperm(tokens)[:16], x / (-1024 if below else 16)
-        head[near] = (way + torch.randn(16, width) / 8192).bfloat16()
-        factor = torch.rsqrt((x.double() ** 2).mean() + EPS)
-        want = (x.double() @ head.double().T)[0, :tokens] * factor
-        token, got = chosen_by(device, head, x, tokens, form)
-        assert token == want.argmax()
-        made = screen(head, False)
-        off = (got - want).abs() / (x.double().norm() * factor)
-        assert bool((off <= made.errors[:tokens]).all())
-        first = dequantized(made)[:tokens].double() @ x[0].double() * factor
-        others += int(first.argmax() != token)
-        again = (got - want).abs() < 1e-6 * x.norm()
-        assert 1 <= int(again.sum()) < 0.5 * tokens  # computed anew
-    assert others  # the screen alone would have chosen another
-
-
 def test_a_screened_head_says_something_where_nothing_is_a_number(device: Device) -> None:
     head = torch.randn(64, 128).bfloat16()
     x = torch.full((1, 128), math.nan).bfloat16()
     token, got = chosen_by(device, head, x, 50, Form(8, 1, 2, 2, 128))
     assert 0 <= token < 50
     assert got.isnan().all()
+
+
+@pytest.mark.parametrize("times", [1e-9, 1e-5, 1.0, 1e4])
+def test_what_rounding_takes_is_known(times: float) -> None:
+    torch.manual_seed(0)
+    head = (torch.randn(64, 256) * times).bfloat16()
+    head[7] = 0
+    head[8, :128] *= 1e-6  # a group whose scale is no number of 16 bits
+    made = screen(head, False)
+    lost = (head.double() - dequantized(made)).norm(dim=1)
+    assert bool((lost <= made.errors).all())
+    assert made.errors[7] == 0
+    if times > 1e-9:
+        assert bool((made.errors[9:] < 0.01 * head[9:].double().norm(dim=1)).all())
 
 
 def dequantized(made: Screen) -> Tensor:
@@ -302,6 +288,51 @@ def break_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Br
     emulation._library.cache_clear()
 
 
+def nearly_alike(case: str, seed: int, below: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """A head, an input, and the logits: the likeliest lie closer than rounding to 8 bits is off."""
+    rows, width, tokens, _ = SCREENED[case]
+    torch.manual_seed(seed)
+    head = torch.randn(rows, width).bfloat16() / 16
+    x = torch.randn(1, width).bfloat16()
+    if below:  # all logits are below zero: those of rows that fill up are above them
+        head = -head.abs() * x.sign()
+    head[tokens:] = 0
+    near, way = torch.randperm(tokens)[:16], x / (-1024 if below else 16)
+    head[near] = (way + torch.randn(16, width) / 8192).bfloat16()
+    factor = torch.rsqrt((x.double() ** 2).mean() + EPS)
+    return head, x, (x.double() @ head.double().T)[0, :tokens] * factor
+
+
+@pytest.mark.parametrize("case", list(SCREENED))
+def test_a_screened_head_chooses_what_16_bits_do(device: Device, case: str) -> None:
+    *_, tokens, form = SCREENED[case]
+    for seed, below in ((0, False), (1, False), (2, False), (3, True)):
+        head, x, want = nearly_alike(case, seed, below)
+        token, got = chosen_by(device, head, x, tokens, form)
+        assert token == want.argmax()
+        made = screen(head, False)
+        norm = x.double().norm() * torch.rsqrt((x.double() ** 2).mean() + EPS)
+        assert bool(((got - want).abs() / norm <= made.errors[:tokens]).all())
+        exact = head[:tokens].double() - dequantized(made)[:tokens]
+        assert bool((exact.norm(dim=1) <= made.errors[:tokens]).all())
+        assert made.errors.max() == made.most
+        again = (got - want).abs() < 1e-6 * x.norm()
+        assert 1 <= int(again.sum()) < 0.5 * tokens  # computed anew
+
+
+@pytest.mark.parametrize("case", list(SCREENED))
+def test_a_screen_that_trusts_itself_is_noticed(
+    device: Device, case: str, break_source: Break
+) -> None:
+    *_, tokens, form = SCREENED[case]
+    break_source("small.cu", {"!(v + errors[i] * norm < least)": "!(v < of_order(top[0]))"})
+    others = 0
+    for seed in range(3):
+        head, x, want = nearly_alike(case, seed)
+        others += chosen_by(device, head, x, tokens, form)[0] != want.argmax()
+    assert others
+
+
 @pytest.mark.parametrize("what", list(BROKEN))
 def test_a_broken_kernel_is_noticed(device: Device, what: str, break_source: Break) -> None:
     torch.manual_seed(0)
@@ -322,25 +353,66 @@ def test_a_broken_kernel_is_noticed(device: Device, what: str, break_source: Bre
         assert wrong() > 0.01
 
 
+EXPECTS_MORE = {
+    "attention.cu": ("SPLITS * (PIECE + 2 * G)", "SPLITS * (PIECE + 3 * G)"),
+    "grouped.cu": ("+ G * sizeof(float2)", "+ G * sizeof(float4)"),
+}
+
+
+@pytest.mark.parametrize("source", list(EXPECTS_MORE))
 @pytest.mark.parametrize(
-    ("replaced", "told"),
-    [
-        ({"SPLITS * (PIECE + 2 * G)": "SPLITS * (PIECE + 3 * G)"}, "threads wait for ever"),
-        ({"    if (threadIdx.x == 0) expect(": "    if (threadIdx.x == ~0u) expect("},
-         "a block gets what it does not expect"),
-    ],
+    ("nothing", "told"),
+    [(False, "threads wait for ever"), (True, "a block gets what it does not expect")],
     ids=["expects more", "expects nothing"],
-)  # fmt: skip
+)
 @torch.inference_mode()
 def test_attention_that_expects_something_else_is_noticed(
-    device: Device, replaced: dict[str, str], told: str, break_source: Break
+    device: Device, source: str, nothing: bool, told: str, break_source: Break
 ) -> None:
-    _, _, step = begun("llama", (40,))
-    step.chosen.attention = replace(step.chosen.attention, splits=2)
+    _, _, step = begun("qwen2", (40,))
+    form = next(one for one in attentions(step.fused, 1) if one.source[0] == source)
+    step.chosen.attention = replace(form, splits=2)
     step.launch_layers(range(1))
-    break_source("attention.cu", replaced)
+    old, new = EXPECTS_MORE[source]
+    if nothing:
+        old, new = "    if (threadIdx.x == 0) expect(", "    if (threadIdx.x == ~0u) expect("
+    break_source(source, {old: new})
     with pytest.raises(AssertionError, match=told):
         step.launch_layers(range(1))
+
+
+MANY = "        __syncthreads();\n#pragma unroll\n        for (int m = 0; m < OWN"
+BROKEN_GROUPS: dict[str, tuple[bool, dict[str, str]]] = {  # whether copies come late
+    "multiplies by weights before all are written": (True, {MANY: MANY.partition("\n")[2]}),
+    "overwrites what others still read": (
+        False, {"            __syncthreads();  // all have read\n": ""}),
+    "forgets the new key": (True, {"if (newest && tile == new_tile)": "if (false)"}),
+    "forgets to shrink what it has": (True, {"        if (first) {\n": "        if (false) {\n"}),
+    "reads before copies have come": (True, {"wait_for_copies<STAGED - 1>": "wait_for_copies<9>"}),
+    "sees padding": (True, {"const int from = min(first_key + ": "const int from = min("}),
+    "keeps what two turns have in one place": (True, {"if (++stage == STAGED)": "if (true)"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", list(BROKEN_GROUPS))
+@torch.inference_mode()
+def test_broken_attention_of_groups_is_noticed(
+    device: Device, what: str, break_source: Break
+) -> None:
+    late, replaced = BROKEN_GROUPS[what]
+    device.lazy, lengths = late, (330, 200)
+    _, _, step = begun("qwen2", lengths)
+    own = [form for form in attentions(step.fused, 2) if form.warps == 4 and form.staged == 2]
+    # Three turns of four warps for the longer row, of which two are on their way.
+    step.chosen.attention = replace(own[0], splits=2)
+    device.late = [step.scaled, step.qkv, step.inner, step.squares]
+    found = []
+    for broken in (False, True):
+        if broken:
+            break_source("grouped.cu", replaced)
+        step.launch_layers(range(1))
+        found.append(step.seen.float().nan_to_num(1e9))
+    assert error(found[1], found[0].double()) > 0.05
 
 
 def test_functions_in_assembly_are_left_out() -> None:
