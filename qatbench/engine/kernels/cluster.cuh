@@ -11,47 +11,38 @@ __device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
         "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
 #endif
 }
-// Into another block, at the place of `shared` in this one.
-__device__ __forceinline__ void give(float* shared, int rank, float v, u64* barrier) {
+// Where in another block's memory something of this one would be.
+__device__ __forceinline__ u32 there(const void* shared, int rank) {
+    u32 at;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(at) : "r"((u32)__cvta_generic_to_shared(shared)), "r"(rank));
+    return at;
+}
+#define GIVE "st.async.shared::cluster.mbarrier::complete_tx::bytes"
+// Into another block, at the place of `to` in this one.
+__device__ __forceinline__ void give(float* to, int rank, float v, u64* barrier) {
 #if SPLITS > 1
-    const u32 at = (u32)__cvta_generic_to_shared(shared);
-    const u32 told = (u32)__cvta_generic_to_shared(barrier);
-    asm volatile(
-        "{.reg .b32 to, by;\n"
-        "mapa.shared::cluster.u32 to, %0, %2;\n"
-        "mapa.shared::cluster.u32 by, %1, %2;\n"
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %3, [by];}"
-        ::"r"(at), "r"(told), "r"(rank), "f"(v) : "memory");
+    asm volatile(GIVE ".f32 [%0], %1, [%2];"
+        ::"r"(there(to, rank)), "f"(v), "r"(there(barrier, rank)) : "memory");
 #else
-    *shared = v;
+    *to = v;
 #endif
 }
-__device__ __forceinline__ void give(float2* shared, int rank, float2 v, u64* barrier) {
+__device__ __forceinline__ void give(float2* to, int rank, float2 v, u64* barrier) {
 #if SPLITS > 1
-    const u32 at = (u32)__cvta_generic_to_shared(shared);
-    const u32 told = (u32)__cvta_generic_to_shared(barrier);
-    asm volatile(
-        "{.reg .b32 to, by;\n"
-        "mapa.shared::cluster.u32 to, %0, %2;\n"
-        "mapa.shared::cluster.u32 by, %1, %2;\n"
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {%3, %4}, [by];}"
-        ::"r"(at), "r"(told), "r"(rank), "f"(v.x), "f"(v.y) : "memory");
+    asm volatile(GIVE ".v2.f32 [%0], {%1, %2}, [%3];"
+        ::"r"(there(to, rank)), "f"(v.x), "f"(v.y), "r"(there(barrier, rank)) : "memory");
 #else
-    *shared = v;
+    *to = v;
 #endif
 }
-__device__ __forceinline__ void give(float4* shared, int rank, float4 v, u64* barrier) {
+__device__ __forceinline__ void give(float4* to, int rank, float4 v, u64* barrier) {
 #if SPLITS > 1
-    const u32 at = (u32)__cvta_generic_to_shared(shared);
-    const u32 told = (u32)__cvta_generic_to_shared(barrier);
-    asm volatile(
-        "{.reg .b32 to, by;\n"
-        "mapa.shared::cluster.u32 to, %0, %2;\n"
-        "mapa.shared::cluster.u32 by, %1, %2;\n"
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, [by];}"
-        ::"r"(at), "r"(told), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+    asm volatile(GIVE ".v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+        ::"r"(there(to, rank)), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(there(barrier, rank))
+        : "memory");
 #else
-    *shared = v;
+    *to = v;
 #endif
 }
 __device__ __forceinline__ void wait_for_gifts(u64* barrier) {
