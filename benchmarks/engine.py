@@ -162,8 +162,11 @@ def linears(fast: FastRunner, rows: int) -> list[dict[str, Any]]:
     """Each kind of product: the form of a step and torch's, microseconds and bytes a second."""
     assert fast.fused
     found = []
+    forms_of = fast.chosen[shared_by(rows)].products
     for kind, products in fast.fused.kinds(rows).items():
-        form, size = fast.chosen[shared_by(rows)].products[id(products[0])], products[0].bytes()
+        if id(products[0]) not in forms_of:
+            continue  # a screen that was dropped: the whole head was faster
+        form, size = forms_of[id(products[0])], products[0].bytes()
         taken = by_itself(products, form, rows)
         forms = products[0].forms(rows, Card.current())
         one = {"kind": kind, "us": taken * 1e6, "gb_per_second": size / taken / 1e9,
@@ -187,7 +190,7 @@ def by_itself(products: Sequence[Product], form: Form, columns: int) -> float:
 
     top = None
     if first.epilogue == SCREEN:
-        top = Top(torch.zeros(1, dtype=torch.int32, device="cuda"), first.outputs)
+        top = Top(torch.zeros(1, dtype=torch.int64, device="cuda"), first.outputs)
 
     def run() -> None:
         for product in products:

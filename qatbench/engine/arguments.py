@@ -64,7 +64,7 @@ class NextNorm:
 class Top:
     """Where a screen tells its largest logit.
 
-    of: (1,) int32, `ordered` as `kernels/common.cuh` has it; tokens: rows that are some.
+    of: (1,) int64, a `key` as `kernels/common.cuh` has it; tokens: rows that are some.
     """
 
     of: Tensor

@@ -26,7 +26,7 @@ from qatbench.errors import PrerequisiteError
 SOURCES = Path(__file__).parent / "kernels"
 LEAST = (8, 0)  # compute capability: bf16 products
 CARVEOUT = 100  # percent of the first cache that is shared memory: all that can be
-PORTABLE = 8  # blocks of a cluster that every device with clusters can run
+PORTABLE = 8  # blocks of a cluster beyond which a kernel has to say that it wants so many
 OVERLAPS = (9, 0)  # from here on a kernel may start before its predecessor has ended
 
 
@@ -115,13 +115,13 @@ def _kernel(
         (kinds.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, limit - used),
     ]
     known = dict(defines)
-    wide = known.get("SPLITS", 1) > PORTABLE
-    if wide:
+    blocks = known.get("SPLITS", 1)
+    if blocks > PORTABLE:
         settings.append((kinds.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1))
     for kind, value in settings:
         _done(driver.cuFuncSetAttribute(function, kind, value))
     spilled = _done(driver.cuFuncGetAttribute(kinds.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function))
-    fits = not wide or _clusters(function, known["SPLITS"], 32 * known["WARPS"], shared) > 0
+    fits = blocks == 1 or _clusters(function, blocks, 32 * known["WARPS"], shared) > 0
     return Kernel(function, name, capability >= OVERLAPS, shared, spilled, fits)
 
 
@@ -136,7 +136,10 @@ def _clusters(function: Any, blocks: int, threads: int, shared: int) -> int:
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.sharedMemBytes = shared
     config.attrs, config.numAttrs = [attribute], 1
-    return int(_done(driver.cuOccupancyMaxActiveClusters(function, config)))
+    found = driver.cuOccupancyMaxActiveClusters(function, config)
+    if found[0] == driver.CUresult.CUDA_ERROR_INVALID_CLUSTER_SIZE:
+        return 0
+    return int(_done(found))
 
 
 @functools.cache

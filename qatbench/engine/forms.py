@@ -28,7 +28,7 @@ STEPS, REPEATS = 8, 3
 AGAIN = 4  # of each kind, that are compared again
 NEAR = (0, 2, 4, 8)  # KB, see `Attention`
 FEW = 16  # bytes a thread that may lie outside registers
-_SOURCES = ("linear.cu", "attention.cu", "grouped.cu")
+_SOURCES = ("linear.cu", "attention.cu", "grouped.cu", "small.cu")
 
 
 def choose(step: Step, progress: Callable[[int, int], None] | None = None) -> Chosen:
@@ -36,6 +36,13 @@ def choose(step: Step, progress: Callable[[int, int], None] | None = None) -> Ch
 
     Raises: PrerequisiteError where a kernel does not compile.
     """
+    chosen = _chosen(step, progress)
+    if not chosen.screened:
+        step.fused.drop_screen()
+    return chosen
+
+
+def _chosen(step: Step, progress: Callable[[int, int], None] | None) -> Chosen:
     file, key = _file(), _key(step)
     known = store.read_json(file) if file.exists() else {}
     if key not in known:
@@ -151,7 +158,8 @@ def _held(form: Form) -> list[Form]:
 
 
 def _nearer(form: Attention) -> list[Attention]:
-    every = itertools.product((False, True), NEAR, RESTS if form.warps else (0,))
+    rests = RESTS if form.warps and form.splits > 1 else (0,)
+    every = itertools.product((False, True), NEAR, rests)
     return [replace(form, late=late, near=near, rest=rest) for late, near, rest in every]
 
 
@@ -187,5 +195,5 @@ def _attentions_without_spills(step: Step, rows: int) -> list[Attention]:
         (form.source[0], form.defines(sizes.group, sizes.head, norms)) for form in every
     )
     kernels = {form: step.attention_kernel(form, norms) for form in every}
-    most = max(FEW, min(kernel.spilled for kernel in kernels.values()))
-    return [form for form, kernel in kernels.items() if kernel.spilled <= most and kernel.fits]
+    spilled = {form: kernel.spilled for form, kernel in kernels.items() if kernel.fits}
+    return [form for form in spilled if spilled[form] <= max(FEW, min(spilled.values()))]

@@ -178,9 +178,13 @@ class Fused:
 
     @functools.cached_property
     def screen(self) -> Screen:
-        """The head in 8 bits, for steps of one row: made when the first of them is asked for."""
+        """The head in 8 bits, for steps of one row: made when they are first asked about."""
         assert isinstance(self.head.weight, Tensor)
         return screen(self.head.weight, self.head.alone)
+
+    def drop_screen(self) -> None:
+        """Give its memory back, where steps of one row are faster without it."""
+        self.__dict__.pop("screen", None)
 
     def _layer(self, index: int, layer: Any, packed: dict[str, Affine]) -> Layer:
         joined = [self._join(index, layer, part, names, packed) for part, names in JOINED]

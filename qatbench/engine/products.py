@@ -120,6 +120,8 @@ class Product:
 
     def forms(self, columns: int, card: Card) -> list[Form]:
         """All that can run."""
+        if isinstance(self.weight, Packed) and self.weight.bits == 8 and columns > 1:
+            return []
         found = [LIBRARY] if columns > 1 or not isinstance(self.weight, Packed) else []
         if columns > MOST_COLUMNS:
             return found
@@ -278,6 +280,7 @@ def shared_by(columns: int) -> str:
 
 def dequantize(packed: Packed, out: Tensor) -> Tensor:
     """Launch: packed words -> out (rows, width) bf16, outputs in their own order."""
+    assert packed.bits == 4
     zeros = int(packed.zeros is not None)
     function = cuda.kernel("small.cu", "dequantize", GROUP=packed.group, ZEROS=zeros)
     function(

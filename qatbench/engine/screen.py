@@ -4,7 +4,7 @@ Of two vectors the product is at most that of their norms (Cauchy and Schwarz). 
 computed with rounded weights is off by no more than the norm of what rounding took from its row,
 times that of the input: every token whose logit could reach what the first one has at least is
 computed anew from the 16-bit row (`decide` in `kernels/small.cu`), as a rule a few. A step reads
-half of the head's bytes, and chooses what it would have chosen.
+half of the head's bytes, and chooses what it would have chosen, up to how sums of fp32 are rounded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qatbench.engine.weights import TILE, Packed, by_twos, tiled
 
 _AT_ONCE = 8192  # rows
 _MOST = 127  # of a code
-_TIMES = 16  # kernels take weights as 16 times what they are
+_TIMES = 16  # kernels divide by it, as 4-bit fields come as 16 times what they are
 _SLACK, _ROUNDING = 1e-3, 1e-5  # of errors; of norms, for the input's digits and sums in fp32
 _ORDER = (
     0,

@@ -53,9 +53,9 @@ class Step:
         self.inner = new(rows, inner)
         self.logits = torch.empty(rows, fused.head.rows, dtype=torch.float32, device=device)
         self.told = torch.zeros(rows, room, dtype=torch.int64, device=device)
-        self.count, self.left = zeros(rows), zeros(rows)
+        self.count, self.left = zeros(rows), zeros(rows)  # left: blocks that have looked
         self.best = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.top = zeros(rows)
+        self.top = torch.zeros_like(self.best)  # of a screen, see `decide` in `kernels/small.cu`
         self.chosen = chosen or first_guess(fused, rows)
         cos, sin = fused.decoder.rope(cache.length + 1)
         half = s.head // 2

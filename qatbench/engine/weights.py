@@ -98,6 +98,7 @@ def pack(linear: Affine, *, paired: bool = False) -> Packed:
 
 def unpack(packed: Packed) -> Affine:
     """Undo `pack` exactly."""
+    assert packed.bits == 4
     tiles, chunks = packed.words.shape[:2]
     words = (packed.words ^ OVER).view(tiles, chunks, 8, 4, 2, 2)
     shape = (tiles, 2, 8, chunks, 2, 4, 2, 2, 2)

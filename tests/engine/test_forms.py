@@ -48,11 +48,13 @@ class Step:
         weights[SCREEN] = Packed(torch.empty(0), torch.empty(0), None, 4096, 1024, 128, bits=8)
         heads = HEADS if rows == 1 else HEADS[:1]
         self.products = [Product(weights[e], e) for e in (STORE, RESIDUAL, STORE, *heads)]
+        self.dropped: list[bool] = []
         self.slow = 4  # what the head takes that is not the faster one
         self.faster = SCREEN
         self.fused: Any = SimpleNamespace(
             kinds=self.kinds, layers=[SimpleNamespace(q_norm=None)],
             decoder=SimpleNamespace(sizes=SimpleNamespace(layers=3, kv_heads=4, group=2, head=64)),
+            drop_screen=lambda: self.dropped.append(True),
         )  # fmt: skip
         self.chosen: Chosen = first_guess(self.fused, rows)
         self.timed: list[tuple[Any, ...]] = []
@@ -102,6 +104,7 @@ def test_the_fastest_of_what_does_not_spill_is_found_and_kept(search: Path) -> N
     told: list[tuple[int, int]] = []
     chosen = forms.choose(step, lambda done, total: told.append((done, total)))
     assert chosen.screened
+    assert not step.dropped
     for product in step.products:
         if product.epilogue == LOGITS:
             continue
@@ -124,6 +127,7 @@ def test_the_faster_head_is_taken(search: Path) -> None:
     step.faster, step.slow = LOGITS, 40
     chosen = forms.choose(step)
     assert not chosen.screened
+    assert step.dropped
     form = chosen.products[id(step.products[3])]
     assert (form.warps, form.tiles, form.lead) == BEST[LOGITS][:3]
     again: Any = Step(1)

@@ -134,6 +134,8 @@ def test_attention_is_the_same_in_all_forms(family: str) -> None:
     found = []
     every = attentions(fast.fused, 3)
     for form in [*every, replace(every[0], late=True)]:
+        if not step.attention_kernel(form, False).fits:
+            continue
         step.chosen.attention = form
         step.launch_layers(range(3))
         found.append(step.logits.clone())

@@ -144,7 +144,7 @@ __device__ __forceinline__ void wait_for_prior() {
 #define RESIDUAL 1  // x[n][row] += y, bf16; scaled = x * weight and squares of x for the next norm
 #define SWIGLU 2    // the first half of the rows is gate, the second up: silu(gate) * up, bf16
 #define LOGITS 3    // out[n][row] = y, fp32
-#define SCREEN 4    // the same of one column; the largest also goes to `top`, `ordered`
+#define SCREEN 4    // the same of one column; the `key` of the largest also goes to `top`
 
 struct Output {
     void* out;
@@ -154,7 +154,7 @@ struct Output {
     const u16* weight;     // RESIDUAL: of the next norm
     u16* scaled;           // RESIDUAL
     double* next;          // RESIDUAL: [column], added to
-    u32* top;              // SCREEN
+    u64* top;              // SCREEN
     int tokens;            // SCREEN: rows that are some
 };
 
@@ -166,6 +166,11 @@ __device__ __forceinline__ u32 ordered(float v) {
 __device__ __forceinline__ float of_order(u32 v) {
     return __uint_as_float(v & 0x80000000u ? v & 0x7FFFFFFFu : ~v);
 }
+// A logit and its token: of equal ones the lowest token is the largest.
+__device__ __forceinline__ u64 key(float logit, int token) {
+    return (u64)ordered(logit) << 32 | (0xFFFFFFFFu - (u32)token);
+}
+__device__ __forceinline__ u32 token_of(u64 key) { return 0xFFFFFFFFu - (u32)key; }
 
 #ifdef EPILOGUE
 

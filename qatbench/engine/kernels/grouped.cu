@@ -7,8 +7,9 @@
 // through shared memory: each adds up a piece of the outputs. Only the filled part of the cache is
 // read. Sixteen keys are a tile, a tile of every warp a turn. Keys and values of the first STAGED turns
 // are on their way into shared memory before the kernel before this one has ended: they are older
-// than it. They come to the second cache first, and are asked for again `rest` cycles later: what a
-// multiprocessor has asked for before comes before the input of another kernel's block on it.
+// than it. With `rest` they come to the second cache first (from compute capability 9.0 on), and are
+// asked for that many cycles later: what a multiprocessor has asked for before comes before the input
+// of another kernel's block on it.
 //
 // Both products are mma.m16n8k16. Scores: each warp multiplies queries, the upper rows of the left
 // operand, and its keys, the columns of the right one. All warps tell each other their largest, and

@@ -27,10 +27,14 @@
 // The RMS norm of a product's input is split: whoever makes x also writes x times the norm's weight,
 // which is what comes in here, and adds up the squares of x; 1 / rms is applied to y.
 //
-// Defined at compilation: BITS 4 | 8 | 16 (8: for one column, without zero points; bytes are weights as
-// they are); GROUP inputs a scale, 32, 64 or 128 (BITS 4, 8); SPAN; ZEROS 0 | 1; NT, MT, WARPS, DEPTH, BLOCKS; SINGLE (one column); EPILOGUE.
+// Defined at compilation: BITS 4 | 8 | 16 (8: for one column, without zero points; bytes are weights
+// as they are); GROUP inputs a scale, 32, 64 or 128 (BITS 4, 8); SPAN; ZEROS 0 | 1; NT, MT, WARPS,
+// DEPTH, BLOCKS; SINGLE (one column); EPILOGUE.
 #include "common.cuh"
 
+#if (BITS == 8 || EPILOGUE == SCREEN) && !SINGLE || BITS == 8 && ZEROS
+#error 8 bits and screens are for one column, and without zero points
+#endif
 #if BITS <= 8
 #define LOADS (SPAN * BITS / 256)  // uint4 a lane, tile and span
 #define GROUPS_A_SPAN (SPAN / GROUP)
@@ -133,7 +137,7 @@ __device__ __forceinline__ void fetch(Slot& slot, Source& s, int K, int lane) {
 struct Input {
 #if SINGLE
     u32 x;                 // a lane's first vector
-    const float2* groups;  // BITS 4: the sum of x over a group, and what x was divided by
+    const float2* groups;  // BITS 4, 8: the sum of x over a group (ZEROS), and what x was divided by
     __device__ __forceinline__ uint4 operator()(int, int piece, int lane) const {
         return first_lanes<DIGITS ? 12 : 4>(x + piece * PIECE_OF_X, lane);
     }
@@ -360,7 +364,7 @@ __device__ __forceinline__ Early early(
 // Add up what warps left of tile and eight columns e of a round, and finish it. All of a warp.
 __device__ __forceinline__ void end_of_tile(
     const Sums* sums, u32 sharers, const Early& before, const float* factors, const Output& output,
-    u32& most, int e, int begin, int lane, int rows, int columns) {
+    u64& most, int e, int begin, int lane, int rows, int columns) {
     const int tile = e / NT, unit = tile / MT, m = tile % MT, last = sharers >> 16;
     int w = sharers & 0xFFFF;
 #if SINGLE
@@ -375,7 +379,7 @@ __device__ __forceinline__ void end_of_tile(
     finish<1>(output, before.of[0], begin * MT + tile, lane % 8, 0, y * f, lower * f, rows, lane < 8);
 #if EPILOGUE == SCREEN
     const int row = (begin * MT + tile) * 16 + lane % 16;
-    if (row < output.tokens) most = max(most, ordered(y * f));
+    if (row < output.tokens) most = max(most, key(y * f, row));
 #endif
 #else
     float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -408,7 +412,7 @@ __device__ __forceinline__ void split(u32 (&to)[3], u32 a, u32 b, u32 c, u32 d) 
 }
 
 // x into shared memory, a vector of eight a thread and turn. BITS 4, 8: digit by digit of 64 inputs, of
-// each those of lanes with t = 0 first, in the order in which a byte of W has them (see weights.py).
+// each those of lanes with t = 0 first, in the order in which a byte of W has them (see weights.py, screen.py).
 // `asked`: is called when x, or its first part, has been asked for.
 template <class Asked>
 __device__ __forceinline__ void stage(
@@ -496,7 +500,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
     for (int n = 0; n < NT; ++n)
         in.x[n] = x + (size_t)min(n * 8 + lane / 4, columns - 1) * (W.K / 8) + (lane & 3);
 #endif
-    u32 most = 0;  // EPILOGUE SCREEN: of a lane's outputs
+    u64 most = 0;  // EPILOGUE SCREEN: key of the largest of a lane's outputs
     for (int begin = first; begin < end; begin += round) {
         const int units = min(round, end - begin), share = units * spans;
         const int from = warp * share / WARPS, unit = warp * units / WARPS;

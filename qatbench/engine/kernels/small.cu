@@ -6,7 +6,7 @@
 // threads
 extern "C" __global__ void __launch_bounds__(256) embed(
     const long long* token, const uint4* table, const uint4* weight, uint4* x, uint4* scaled,
-    double* squares, u32* top, int vectors, int norms) {
+    double* squares, u64* top, int vectors, int norms) {
     __shared__ float parts[8];
     wait_for_prior();
     start_dependents();
@@ -62,11 +62,6 @@ struct Row {
     int room;
 };
 
-// A logit and its token: of equal ones the lowest token is the largest.
-__device__ __forceinline__ u64 key(float logit, int token) {
-    return (u64)ordered(logit) << 32 | (0xFFFFFFFFu - (u32)token);
-}
-
 // The largest key of all 256 threads of all blocks of a row: then the row is one token on.
 __device__ __forceinline__ void settle(const Row& r, int row, u64 most, u64 (&found)[8]) {
     for (int i = 16; i; i /= 2) {
@@ -81,7 +76,7 @@ __device__ __forceinline__ void settle(const Row& r, int row, u64 most, u64 (&fo
     __threadfence();
     if (atomicAdd(r.counter + row, 1) != gridDim.x - 1) return;
     __threadfence();
-    const u32 chosen = 0xFFFFFFFFu - (u32)atomicExch(r.best + row, 0ull);
+    const u32 chosen = token_of(atomicExch(r.best + row, 0ull));
     r.counter[row] = 0;
     r.token[row] = chosen;
     if (r.count[row] < r.room) r.told[(size_t)row * r.room + r.count[row]] = chosen;
@@ -104,13 +99,13 @@ extern "C" __global__ void __launch_bounds__(256) choose(
     settle(r, row, most, found);
 }
 
-// The same for one row whose logits are those of a screen: weights W of 8 bits. A logit is off by at
-// most |x| times the norm of what its weights lack, `errors`, the largest of which is `most_error`. So
-// tokens that may be the likeliest are those that could reach what the first of them has at least; their
-// logits are computed anew, from bf16, and written; all where something is no number. grid (blocks), 256
-// threads
+// The same for one row whose logits are those of a screen: weights of 8 bits. A logit is off by at most
+// |x| times the norm of what its weights lack, `errors`, the largest of which is `most_error`. So tokens
+// that may be the likeliest are those that could reach what the one on top, whose key is `top`, has at
+// least; their logits are computed anew, from W in bf16, and written; all where something is no number.
+// grid (blocks), 256 threads
 extern "C" __global__ void __launch_bounds__(256) decide(
-    float* logits, int tokens, const u32* top, const float* errors, float most_error,
+    float* logits, int tokens, const u64* top, const float* errors, float most_error,
     const uint4* W, const uint4* x, int vectors, const double* squares, float eps, Row r) {
     extern __shared__ uint4 staged[];  // x
     __shared__ float parts[8];
@@ -131,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(256) decide(
     square = 0.f;
     for (int i = 0; i < 8; ++i) square += parts[i];
     const float norm = sqrtf(square) * factor;
-    const float least = of_order(top[0]) - most_error * norm;
+    const float least = of_order((u32)(top[0] >> 32)) - errors[token_of(top[0])] * norm;
     u64 most = 0;
     for (int begin = (blockIdx.x * 8 + warp) * 32; begin < tokens; begin += gridDim.x * 256) {
         const int i = begin + lane;
