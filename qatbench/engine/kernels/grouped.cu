@@ -337,7 +337,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     wait_for_gifts(&gifts);
     for (int i = threadIdx.x; i < PIECE * 4; i += THREADS) {  // the blocks of a cluster
         const int four = i % PIECE, part = i / PIECE, at = split * PIECE + four;
-        const int q = at % PAIRS * 2 + part % 2, d = at / PAIRS / 8 * 16 + at / PAIRS % 8 + part / 2 * 8;
+        const int q = at % PAIRS * 2 + part % 2;
+        const int d = at / PAIRS / 8 * 16 + at / PAIRS % 8 + part / 2 * 8;
         if (q >= G) continue;
         float top = NONE, weight = 0.f, sum = 0.f;
 #pragma unroll

@@ -1,8 +1,8 @@
 // y = W x for a few columns x, at the speed of memory: W is read once, in order, by every
 // multiprocessor.
 //
-// W has `rows` outputs and K inputs, of 4 or 8 bits or bf16. 16 rows are a tile, MT tiles a unit. A block has
-// some units; their SPANs of inputs, in order, are shared out evenly among its warps, whatever the
+// W has `rows` outputs and K inputs, of 4 or 8 bits or bf16. 16 rows are a tile, MT tiles a unit. A
+// block has some units; their SPANs of inputs, in order, are shared out evenly among its warps, whatever the
 // ends of units. A warp multiplies its spans on the tensor cores (mma.m16n8k16, W as the left
 // operand, up to 8 * NT columns of x as the right one); at the end of a unit, or of its share, it
 // leaves its sums in shared memory. Warps meet once a round of units, where sums are added up.
@@ -412,7 +412,8 @@ __device__ __forceinline__ void split(u32 (&to)[3], u32 a, u32 b, u32 c, u32 d) 
 }
 
 // x into shared memory, a vector of eight a thread and turn. BITS 4, 8: digit by digit of 64 inputs, of
-// each those of lanes with t = 0 first, in the order in which a byte of W has them (see weights.py, screen.py).
+// each those of lanes with t = 0 first, in the order in which a byte of W has them (see weights.py and
+// screen.py).
 // `asked`: is called when x, or its first part, has been asked for.
 template <class Asked>
 __device__ __forceinline__ void stage(
