@@ -84,8 +84,7 @@ def _told(step: Step) -> dict[str, Any]:
 def _measure(step: Step, progress: Callable[[int, int], None]) -> None:
     progress(0, 0)  # kernels are compiled first
     rows, layers = len(step.token), range(min(LAYERS, step.fused.decoder.sizes.layers))
-    every = list(step.fused.kinds(rows).values())
-    kinds = [_products(step, alike) for alike in every]
+    kinds = [_products(step, alike) for alike in step.fused.kinds(rows).values()]
     if rows == 1:
         kinds[-2:] = [_either(step, *kinds[-2:])]
     forms = _attentions_without_spills(step, rows)

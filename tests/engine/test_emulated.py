@@ -472,7 +472,7 @@ BROKEN_GROUPS: dict[str, tuple[bool, dict[str, str]]] = {  # whether copies come
     "forgets the new key": (True, {"if (newest && tile == new_tile)": "if (false)"}),
     "forgets to shrink what it has": (True, {"        if (first) {\n": "        if (false) {\n"}),
     "reads before copies have come": (True, {"wait_for_copies<STAGED - 1>": "wait_for_copies<9>"}),
-    "sees padding": (True, {"const int from = min(first_key + ": "const int from = min("}),
+    "sees padding": (True, {"share_of(first_key, end, split)": "share_of(0, end, split)"}),
     "keeps what two turns have in one place": (True, {"if (++stage == STAGED)": "if (true)"}),
 }  # fmt: skip
 

@@ -119,8 +119,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     arrive();  // others may write into this block
 
     const int end = filled[row], first = start[row];  // old keys
-    const int share = (end - first + SPLITS - 1) / SPLITS;
-    const int from = min(first + split * share, end), to = min(end, from + share);
+    const Share share = share_of(first, end, split);
+    const int from = share.from, to = share.to;
     const size_t base = ((size_t)row * heads + head) * length;
     const uint4* k = (const uint4*)(keys + base * D) + part;
     const uint4* v = (const uint4*)(values + base * D) + part;
@@ -170,11 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         of_key = fresh[(HEADS * heads + head) * LANES + part];
         of_value[0] = fresh[((HEADS + 1) * heads + head) * LANES + part];
     }
-    const u32 block = (blockIdx.z * gridDim.y + blockIdx.y) * SPLITS + split;
-    const u32 threads = gridDim.z * gridDim.y * SPLITS * THREADS;
-    // Neighbouring pieces are asked for by different blocks.
-    for (u32 i = threadIdx.x * (threads / THREADS) + block; i < later.pieces; i += threads)
-        bring_near(later.from + (size_t)i * PIECE_BYTES, later.take);
+    bring_later_near(later, threadIdx.x, THREADS);
 
     Sums s = {};
     float q[G][8];

@@ -75,3 +75,21 @@ struct Later {
     u32 pieces, take;  // of so many pieces of 16 KB the first so many bytes
 };
 #define PIECE_BYTES 16384
+// By all threads of a block, each with a turn of its own: neighbouring pieces are asked for by different
+// blocks.
+__device__ __forceinline__ void bring_later_near(const Later& later, u32 turn, u32 threads) {
+    const u32 blocks = gridDim.z * gridDim.y * SPLITS;
+    const u32 block = (blockIdx.z * gridDim.y + blockIdx.y) * SPLITS + blockIdx.x;
+    for (u32 i = turn * blocks + block; i < later.pieces; i += blocks * threads)
+        bring_near(later.from + (size_t)i * PIECE_BYTES, later.take);
+}
+
+// Of the keys from `first` on to `end`, those of one of a cluster's blocks.
+struct Share {
+    int from, to;
+};
+__device__ __forceinline__ Share share_of(int first, int end, int split) {
+    const int share = (end - first + SPLITS - 1) / SPLITS;
+    const int from = min(first + split * share, end);
+    return Share{from, min(end, from + share)};
+}

@@ -136,8 +136,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
     // The new key and value: whoever has them has the fewest old ones.
     const bool newest = split == SPLITS - 1;
-    const int share = (end - first_key + SPLITS - 1) / SPLITS;
-    const int from = min(first_key + split * share, end), old = min(end, from + share) - from;
+    const Share share = share_of(first_key, end, split);
+    const int from = share.from, old = share.to - from;
     const int tiles = (old + newest + 15) / 16;
     const size_t base = ((size_t)row * heads + head) * length;
     extern __shared__ __align__(128) uint4 memory[];  // [STAGED][key or value][warp][TILE]
@@ -163,11 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         by[i] = rope[(size_t)position * (D / 2) + turner * 2 * WORDS + i];
     if (rest && lane == 0 && warp < 2 && old)
         bring_near((warp ? values : keys) + (base + from) * D, old * D * sizeof(u16));
-    const u32 blocks = gridDim.z * gridDim.y * SPLITS;
-    const u32 block = (blockIdx.z * gridDim.y + blockIdx.y) * SPLITS + split;
-    // Neighbouring pieces are asked for by different blocks, and by different warps of them.
-    for (u32 i = (lane * WARPS + warp) * blocks + block; i < later.pieces; i += blocks * THREADS)
-        bring_near(later.from + (size_t)i * PIECE_BYTES, later.take);
+    bring_later_near(later, lane * WARPS + warp, THREADS);  // different warps ask
     if (rest) rest_until(began + rest);
 #pragma unroll 1
     for (int s = 0; s < STAGED; ++s) {
@@ -175,13 +171,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         end_of_copies();
     }
     // Where a lane's row of a matrix lies, and what else it will read and write.
-    const int matrix = lane / 8, r = lane % 8;
+    const int matrix = lane / 8, line = lane % 8;
     const u32 shared = (u32)__cvta_generic_to_shared(memory);
-    const u32 of_keys = kept(shared + (warp * TILE + r * ROW) * 16), in_row = kept((matrix ^ r) * 16);
+    const u32 of_keys = kept(shared + (warp * TILE + line * ROW) * 16);
+    const u32 in_row = kept((matrix ^ line) * 16);
     u32 of_values[OWN];
 #pragma unroll
     for (int m = 0; m < OWN; ++m) {
-        const int row_of_tile = matrix / 2 * 8 + r, at = ((warp + m * WARPS) * 2 + matrix % 2) ^ r;
+        const int row_of_tile = matrix / 2 * 8 + line;
+        const int at = ((warp + m * WARPS) * 2 + matrix % 2) ^ line;
         of_values[m] = kept(shared + (WARPS * TILE + row_of_tile * ROW + at) * 16);
     }
     const u32 of_query = kept(min(g, G - 1) * (READY / 4) + t);  // of those too many, the last one
