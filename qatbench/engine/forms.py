@@ -37,7 +37,7 @@ def choose(step: Step, progress: Callable[[int, int], None] | None = None) -> Ch
     Raises: PrerequisiteError where a kernel does not compile.
     """
     chosen = _chosen(step, progress)
-    if not chosen.screened:
+    if len(step.token) == 1 and not chosen.screened:  # more rows never have it
         step.fused.drop_screen()
     return chosen
 

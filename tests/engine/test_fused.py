@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -212,6 +213,21 @@ def test_a_screened_head_tells_the_same_tokens(packed: bool) -> None:
     assert fast.head_bytes(1) is None
     started.state.step.chosen.screened = True
     assert fast.head_bytes(1) == screen.product.bytes()
+
+
+@pytest.mark.parametrize("screened", [True, False])
+def test_steps_of_one_row_are_the_same_after_those_of_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, screened: bool
+) -> None:
+    monkeypatch.setattr(forms, "choose", choose)
+    monkeypatch.setattr(forms, "_file", lambda: tmp_path / "forms.json")
+    monkeypatch.setattr(forms, "_seconds", lambda step, _: step.chosen.screened != screened)
+    fast = FastRunner(loaded_of("qwen2", "cuda"))
+    before = fast.step(fast.start(prompts(90), 24), 8)
+    fast.step(fast.start(prompts(40, 8), 24), 8)
+    again = fast.start(prompts(90), 24)
+    assert again.state.step.chosen.screened == screened
+    assert torch.equal(fast.step(again, 8), before)
 
 
 def test_steps_of_one_call_and_of_several_are_the_same() -> None:
