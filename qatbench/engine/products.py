@@ -26,6 +26,8 @@ STORE, RESIDUAL, SWIGLU, LOGITS, SCREEN = range(5)
 """Epilogues."""
 MOST_COLUMNS = 64
 _SUMS = 18 << 10  # bytes of sums that a block is meant to hold at once
+_KEPT = 64  # registers of inputs that a lane keeps at most
+_UNEVEN = 1.15  # of the mean, what a warp may have more to do than others
 _SCALES = 128  # bytes of a tile and group on their way
 _MORE = 4 << 10  # bytes that a block takes beyond half of a multiprocessor's, or less
 _RESERVED = 2 << 10  # bytes of shared memory a block that are the system's, or the kernel's own
@@ -57,6 +59,12 @@ class Form:
     span: int  # inputs that a warp takes at once
     lead: int = 0  # spans that a warp has left when the next kernel may start; or as below
     held_back: int = 0  # spans of the first `depth` that a warp asks for only after the input
+    kept: int = 0  # spans of the input that a warp keeps in registers; 0: none
+
+    @property
+    def source(self) -> str:
+        """File of the kernel `linear`."""
+        return "kept.cu" if self.kept else "linear.cu"
 
 
 WITH_INPUT, AT_ONCE = 0, -1
@@ -131,12 +139,41 @@ class Product:
             if self.rows % (TILE * tiles) or tiles > most_tiles or warps * 32 * blocks > 1024:
                 continue
             form = Form(warps, tiles, 0, blocks, span)
-            free = self._most(form, card) - self._taken(form, columns, card)
-            most = min(free // self._spans_bytes(form), 16)
             # Where kernels share a multiprocessor, to ask for less early can be better.
-            depths = (most, most // 2) if packed and blocks == 2 and span == spans[0] else (most,)
-            found += [replace(form, depth=depth) for depth in depths if depth > 1]
+            half = packed and blocks == 2 and span == spans[0]
+            found += self._deep(form, columns, card, half)
+        return found + self._keeping(columns, card)
+
+    def _deep(self, form: Form, columns: int, card: Card, half: bool) -> list[Form]:
+        """A form with as many spans on their way as there is room for, and with half of them."""
+        free = self._most(form, card) - self._taken(form, columns, card)
+        most = min(free // self._spans_bytes(form), 16)
+        depths = (most, most // 2) if half else (most,)
+        return [replace(form, depth=depth) for depth in depths if depth > 1]
+
+    def _keeping(self, columns: int, card: Card) -> list[Form]:
+        """Forms whose warps keep their share of the input in registers."""
+        found = []
+        for span, warps, tiles, blocks in itertools.product(
+            self._spans(), range(8, 17), (1, 2), (1, 2)
+        ):
+            spans = self.width // span
+            kept = -(-spans // warps)
+            form = Form(warps, tiles, 0, blocks, span, kept=kept)
+            if spans % warps and (warps % 4 or kept * warps > _UNEVEN * spans):
+                continue
+            if self.rows % (TILE * tiles) or warps * 32 * blocks > 1024:
+                continue
+            if self._registers(form, columns) <= _KEPT:
+                found += self._deep(form, columns, card, blocks == 2)
         return found
+
+    def _registers(self, form: Form, columns: int) -> int:
+        """That hold a lane's share of the input: two digits a number and three are bytes."""
+        inputs = form.kept * form.span
+        if columns == 1 and isinstance(self.weight, Packed):
+            return inputs // 16
+        return inputs // 8 * _column_tiles(columns)
 
     def _spans(self) -> list[int]:
         w = self.weight
@@ -160,8 +197,12 @@ class Product:
     def _taken(self, form: Form, columns: int, card: Card) -> int:
         """Bytes of dynamic shared memory of a block: spans on their way, sums, inputs."""
         units, ring = self._round(form, columns, card), form.depth * self._spans_bytes(form)
-        sums = (units + form.warps) * _sums(form, columns) + -(-units // 4) * 16
-        return ring + sums + (self._bytes_of_x() if columns == 1 else 0)
+        pairs = units + form.warps
+        if form.kept:
+            pairs = units * form.warps * (1 if units == self._each(form, card) else 2)
+        sums = pairs * _sums(form, columns) + (0 if form.kept else -(-units // 4) * 16)
+        staged = columns == 1 and (not form.kept or isinstance(self.weight, Packed))
+        return ring + sums + (self._bytes_of_x() if staged else 0)
 
     def _bytes_of_x(self) -> int:
         """Of one column in shared memory: bf16, or three digits and a group's two numbers."""
@@ -183,17 +224,24 @@ class Product:
     def _blocks(self, form: Form, card: Card) -> int:
         return min(card.multiprocessors, self._units(form))
 
+    def _each(self, form: Form, card: Card) -> int:
+        """Units that a block has at most."""
+        return -(-self._units(form) // self._blocks(form, card))
+
     def _round(self, form: Form, columns: int, card: Card) -> int:
         """Units that a block has sums for at once: all of its own, or equal parts of them."""
-        units = -(-self._units(form) // self._blocks(form, card))
+        units = self._each(form, card)
         most = _SUMS // _sums(form, columns) - form.warps
+        if form.kept:
+            most = 2 * _SUMS // _sums(form, columns) // form.warps
+            most = most if units <= most else most // 2
         most = max(1, min(most, 32 * form.warps))  # a thread looks up who shares a unit
         return -(-units // -(-units // most))
 
     def build(self, form: Form, columns: int) -> cuda.Kernel:
         """A form, ready to be launched."""
         shared = self.shared(form, columns, Card.current())
-        return cuda.kernel("linear.cu", "linear", shared=shared, **self._defines(form, columns))
+        return cuda.kernel(form.source, "linear", shared=shared, **self._defines(form, columns))
 
     def _defines(self, form: Form, columns: int) -> dict[str, int]:
         w = self.weight
@@ -204,7 +252,8 @@ class Product:
             "BITS": bits, "GROUP": group, "ZEROS": int(zeros is not None),
             "NT": _column_tiles(columns), "MT": form.tiles, "WARPS": form.warps,
             "DEPTH": form.depth, "BLOCKS": form.blocks, "SPAN": form.span,
-            "SINGLE": int(columns == 1), "EPILOGUE": self.epilogue,
+            "SINGLE": int(columns == 1), "EPILOGUE": self.epilogue, "KEPT": form.kept,
+            "UNEVEN": int(bool(form.kept) and self.width // form.span % form.warps > 0),
         }  # fmt: skip
 
     def __call__(
@@ -293,4 +342,4 @@ def dequantize(packed: Packed, out: Tensor) -> Tensor:
 def compile_all(wanted: Sequence[tuple[Product, Form]], columns: int) -> None:
     """Compile several forms into the cache."""
     own = [(product, form) for product, form in wanted if form != LIBRARY]
-    cuda.compile_all(("linear.cu", product._defines(form, columns)) for product, form in own)
+    cuda.compile_all((form.source, p._defines(form, columns)) for p, form in own)

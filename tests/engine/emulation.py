@@ -67,7 +67,8 @@ def without_assembly(source: str) -> str:
 def as_cpp(source: str) -> str:
     """What g++ takes: without assembly, and with shared memory that is asked for."""
     included = {name: text.decode() for name, text in cuda.headers().items()}
-    source = re.sub(r'#include "([\w.]+)"', lambda found: included[found[1]], source)
+    while '#include "' in source:  # each includes one at most
+        source = re.sub(r'#include "([\w.]+)"', lambda found: included[found[1]], source)
     text = without_assembly(source)
     return re.sub(
         r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];",

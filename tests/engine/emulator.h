@@ -68,6 +68,10 @@ static unsigned __byte_perm(unsigned x, unsigned y, unsigned which) {
     for (int i = 0; i < 4; ++i) r |= (unsigned)(all >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
     return r;
 }
+static unsigned __vmaxu2(unsigned a, unsigned b) {
+    const unsigned mask = 0xFFFFu;
+    return max(a & mask, b & mask) | max(a & ~mask, b & ~mask);
+}
 template <class T>
 static T atomicAdd(T* to, T v) { const T old = *to; *to += v; return old; }
 static uint64_t atomicMax(unsigned long long* to, unsigned long long v) {
@@ -330,8 +334,8 @@ static u32 integers(u32 word, u32 minus) {
                      widened_bf16((u16)(r >> 16)) + widened_bf16((u16)(minus >> 16)));
 }
 // PTX ISA, mma.m16n8k16 and k32: fragments of operands of 16 and 8 bits, K a word of them.
-template <int K, class T, class WIDENED>
-static void multiply_fragments(T (&c)[4], const u32 (&mine)[6], WIDENED widened) {
+template <int K, class T, class LEFT, class RIGHT>
+static void multiply_fragments(T (&c)[4], const u32 (&mine)[6], LEFT left, RIGHT right) {
     u32 told[6][32];
     memcpy(told, emulator::tell(mine, 6), sizeof(told));
     const int g = emulator::lane() / 4, t = emulator::lane() % 4;
@@ -341,16 +345,22 @@ static void multiply_fragments(T (&c)[4], const u32 (&mine)[6], WIDENED widened)
         for (int k = 0; k < 8 * K; ++k) {
             const int half = k / (4 * K), part = k / K % 4, at = k % K * (32 / K);
             const u32 a = told[row + half * 2][g * 4 + part], b = told[4 + half][column * 4 + part];
-            sum += widened(a >> at) * widened(b >> at);
+            sum += left(a >> at) * right(b >> at);
         }
         c[i] += sum;
     }
 }
 static void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    multiply_fragments<2>(c, {a0, a1, a2, a3, b0, b1}, [](u32 v) { return widened_bf16((u16)v); });
+    const auto widened = [](u32 v) { return widened_bf16((u16)v); };
+    multiply_fragments<2>(c, {a0, a1, a2, a3, b0, b1}, widened, widened);
 }
+static int with_sign(u32 byte) { return (signed char)byte; }
+static int without_sign(u32 byte) { return (unsigned char)byte; }
 static void mma_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    multiply_fragments<4>(c, {a0, a1, a2, a3, b0, b1}, [](u32 v) { return (int)(signed char)v; });
+    multiply_fragments<4>(c, {a0, a1, a2, a3, b0, b1}, with_sign, with_sign);
+}
+static void mma_unsigned_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    multiply_fragments<4>(c, {a0, a1, a2, a3, b0, b1}, with_sign, without_sign);
 }
 // PTX ISA, ldmatrix: lanes 8i to 8i + 7 have the addresses of matrix i's rows.
 static uint4 told_matrices(u32 from, bool turned) {

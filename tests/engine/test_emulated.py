@@ -107,6 +107,36 @@ def test_products(
             assert error(after.squares, got.double().square().sum(-1)) < 1e-6
 
 
+@pytest.mark.parametrize("lazy", [True, False], ids=["late", "at once"])
+@pytest.mark.parametrize(
+    ("shape", "zeros", "columns", "bits"),
+    [
+        ((96, 1024, 128), False, 8, 4), ((160, 1024, 64), True, 3, 4),
+        ((96, 1024, 128), True, 9, 4), ((160, 1024, 32), False, 5, 16),
+        ((96, 1024, 128), False, 1, 4), ((160, 1152, 32), True, 1, 4),
+        ((160, 1152, 64), False, 1, 16), ((96, 1152, 128), True, 6, 4),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_products_that_keep_the_input(
+    device: Device, shape: tuple[int, int, int], zeros: bool, columns: int, bits: int, lazy: bool
+) -> None:
+    device.lazy, span = lazy, max(shape[2], 64) if bits == 4 else 64
+    forms = {
+        STORE: Form(8, 1, 2, 2, span, held_back=2), RESIDUAL: Form(8, 2, 3, 1, span, held_back=1),
+        LOGITS: Form(16 * 64 // span, 1, 2, 2, span, -1), SWIGLU: Form(8, 2, 2, 2, span, 2),
+    }  # fmt: skip
+    for case in cases(*shape, zeros, columns, bits == 4, "cpu"):
+        form = forms[case.product.epilogue]
+        form = replace(form, kept=-(-(shape[1] // span) // form.warps))
+        device.late = [part for part in (case.x, case.squares) if part is not None]
+        got, after = case.multiply(form)
+        assert error(got, case.want) < case.bound, case.product.kind(columns)
+        if case.product.epilogue == RESIDUAL:
+            assert torch.equal(after.scaled, (got.float() * case.norm.float()).bfloat16())
+            assert error(after.squares, got.double().square().sum(-1)) < 1e-6
+
+
 def test_a_block_with_more_units_than_it_has_sums_for(device: Device) -> None:
     torch.manual_seed(0)
     a = affine(1536, 128, 32, True, "cpu")

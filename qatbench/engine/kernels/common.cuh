@@ -71,6 +71,16 @@ __device__ __forceinline__ void mma_bytes(
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// The right operand's without signs.
+__device__ __forceinline__ void mma_unsigned_bytes(
+    int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 // From shared memory, by the first lanes alone; what the others get is anything.
 template <int LANES>
 __device__ __forceinline__ uint4 first_lanes(u32 from, int lane) {
