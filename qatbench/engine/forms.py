@@ -183,7 +183,8 @@ def _without_spills(product: Product, rows: int) -> list[Form]:
     compile_all([(product, form) for form in own], rows)
     least = min((product.build(form, rows).spilled for form in own), default=0)
     most = max(least, FEW)
-    return [f for f in every if f == LIBRARY or product.build(f, rows).spilled <= most]
+    kernels = {form: product.build(form, rows) for form in own}
+    return [f for f in every if f == LIBRARY or kernels[f].fits and kernels[f].spilled <= most]
 
 
 def _attentions_without_spills(step: Step, rows: int) -> list[Attention]:

@@ -60,6 +60,7 @@ class Form:
     lead: int = 0  # spans that a warp has left when the next kernel may start; or as below
     held_back: int = 0  # spans of the first `depth` that a warp asks for only after the input
     kept: int = 0  # spans of the input that a warp keeps in registers; 0: none
+    splits: int = 1  # blocks of a cluster, which share its inputs out
 
     @property
     def source(self) -> str:
@@ -154,15 +155,17 @@ class Product:
     def _keeping(self, columns: int, card: Card) -> list[Form]:
         """Forms whose warps keep their share of the input in registers."""
         found = []
-        for span, warps, tiles, blocks in itertools.product(
-            self._spans(), range(8, 17), (1, 2), (1, 2)
+        for span, warps, tiles, blocks, splits in itertools.product(
+            self._spans(), range(8, 17), (1, 2), (1, 2), (1, 2, 4)
         ):
-            spans = self.width // span
-            kept = -(-spans // warps)
-            form = Form(warps, tiles, 0, blocks, span, kept=kept)
-            if spans % warps and (warps % 4 or kept * warps > _UNEVEN * spans):
+            spans, sharers = self.width // span, warps * splits
+            kept = -(-spans // sharers)
+            form = Form(warps, tiles, 0, blocks, span, kept=kept, splits=splits)
+            if spans % sharers and (warps % 4 or kept * sharers > _UNEVEN * spans):
                 continue
             if self.rows % (TILE * tiles) or warps * 32 * blocks > 1024:
+                continue
+            if splits > 1 and self._round(form, columns, card) < self._each(form, card):
                 continue
             if self._registers(form, columns) <= _KEPT:
                 found += self._deep(form, columns, card, blocks == 2)
@@ -199,7 +202,8 @@ class Product:
         units, ring = self._round(form, columns, card), form.depth * self._spans_bytes(form)
         pairs = units + form.warps
         if form.kept:
-            pairs = units * form.warps * (1 if units == self._each(form, card) else 2)
+            rounds = 1 if units == self._each(form, card) else 2
+            pairs = rounds * -(-units // form.splits) * form.splits * form.warps
         sums = pairs * _sums(form, columns) + (0 if form.kept else -(-units // 4) * 16)
         staged = columns == 1 and (not form.kept or isinstance(self.weight, Packed))
         return ring + sums + (self._bytes_of_x() if staged else 0)
@@ -221,12 +225,12 @@ class Product:
     def _units(self, form: Form) -> int:
         return self.rows // (TILE * form.tiles)
 
-    def _blocks(self, form: Form, card: Card) -> int:
-        return min(card.multiprocessors, self._units(form))
+    def _clusters(self, form: Form, card: Card) -> int:
+        return min(card.multiprocessors // form.splits, self._units(form))
 
     def _each(self, form: Form, card: Card) -> int:
         """Units that a block has at most."""
-        return -(-self._units(form) // self._blocks(form, card))
+        return -(-self._units(form) // self._clusters(form, card))
 
     def _round(self, form: Form, columns: int, card: Card) -> int:
         """Units that a block has sums for at once: all of its own, or equal parts of them."""
@@ -234,6 +238,8 @@ class Product:
         most = _SUMS // _sums(form, columns) - form.warps
         if form.kept:
             most = 2 * _SUMS // _sums(form, columns) // form.warps
+            if form.splits > 1:
+                most *= 2 * (3 - form.blocks)
             most = most if units <= most else most // 2
         most = max(1, min(most, 32 * form.warps))  # a thread looks up who shares a unit
         return -(-units // -(-units // most))
@@ -253,7 +259,8 @@ class Product:
             "NT": _column_tiles(columns), "MT": form.tiles, "WARPS": form.warps,
             "DEPTH": form.depth, "BLOCKS": form.blocks, "SPAN": form.span,
             "SINGLE": int(columns == 1), "EPILOGUE": self.epilogue, "KEPT": form.kept,
-            "UNEVEN": int(bool(form.kept) and self.width // form.span % form.warps > 0),
+            "UNEVEN": int(self.width // form.span % (form.warps * form.splits) > 0),
+            "SPLITS": form.splits,
         }  # fmt: skip
 
     def __call__(
@@ -282,8 +289,8 @@ class Product:
         columns, card = len(x), Card.current()
         function = self.build(form, columns)
         function(
-            (self._blocks(form, card),), form.warps * 32, self._c_weights(), x, output,
-            ctypes.c_int(columns), ctypes.c_int(self._units(form) // self._blocks(form, card)),
+            (form.splits * self._clusters(form, card),), form.warps * 32, self._c_weights(), x, output,
+            ctypes.c_int(columns), ctypes.c_int(self._units(form) // self._clusters(form, card)),
             ctypes.c_int(self._round(form, columns, card)), ctypes.c_int(form.lead),
             ctypes.c_int(form.held_back),
         )  # fmt: skip

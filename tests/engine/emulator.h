@@ -301,10 +301,8 @@ static unsigned __ballot_sync(unsigned, bool v) {
     for (int i = 0; i < 32; ++i) all |= told[i] << i;
     return all;
 }
-static char* dynamic_memory() {
-    char* at = emulator::here().dynamic.data();
-    return at + (128 - (uintptr_t)at % 128) % 128;
-}
+static char* aligned(char* at) { return at + (128 - (uintptr_t)at % 128) % 128; }
+static char* dynamic_memory() { return aligned(emulator::here().dynamic.data()); }
 static size_t __cvta_generic_to_shared(const void* at) { return (const char*)at - dynamic_memory(); }
 
 // --- what the sources say in assembly -------------------------------------------------------------
@@ -420,12 +418,15 @@ static void wait_for_prior() {
 static void expect(u64*, u32 bytes) { emulator::here().gifts.wanted = (int)bytes; }
 template <class T>
 static void give(T* shared, int rank, T v, u64*) {
-    const size_t at = (char*)shared - __start_block_memory;
-    if (at % sizeof(T)) emulator::fail("a gift is not aligned");
+    auto& there = emulator::blocks[rank];
+    const size_t begin = (size_t)emulator::here().dynamic.data(), at = (size_t)shared - begin;
+    if ((size_t)shared % sizeof(T)) emulator::fail("a gift is not aligned");
     if (rank == emulator::now->block)
         *shared = v;
+    else if (at < emulator::here().dynamic.size())
+        memcpy(aligned(there.dynamic.data()) + ((char*)shared - dynamic_memory()), &v, sizeof(T));
     else
-        memcpy(emulator::blocks[rank].fixed.data() + at, &v, sizeof(T));
+        memcpy(there.fixed.data() + ((char*)shared - __start_block_memory), &v, sizeof(T));
     if (!emulator::blocks[rank].gifts.wanted) emulator::fail("a block gets what it does not expect");
     for (size_t i = 0; i < sizeof(T); ++i) emulator::arrive_at(emulator::blocks[rank].gifts);
 }

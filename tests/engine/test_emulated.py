@@ -108,6 +108,7 @@ def test_products(
 
 
 @pytest.mark.parametrize("lazy", [True, False], ids=["late", "at once"])
+@pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize(
     ("shape", "zeros", "columns", "bits"),
     [
@@ -119,7 +120,8 @@ def test_products(
     ids=str,
 )  # fmt: skip
 def test_products_that_keep_the_input(
-    device: Device, shape: tuple[int, int, int], zeros: bool, columns: int, bits: int, lazy: bool
+    device: Device, shape: tuple[int, int, int], zeros: bool, columns: int, bits: int, lazy: bool,
+    splits: int
 ) -> None:
     device.lazy, span = lazy, max(shape[2], 64) if bits == 4 else 64
     forms = {
@@ -128,7 +130,8 @@ def test_products_that_keep_the_input(
     }  # fmt: skip
     for case in cases(*shape, zeros, columns, bits == 4, "cpu"):
         form = forms[case.product.epilogue]
-        form = replace(form, kept=-(-(shape[1] // span) // form.warps))
+        warps = max(4, form.warps // splits)
+        form = replace(form, kept=-(-(shape[1] // span) // (warps * splits)), splits=splits, warps=warps)
         device.late = [part for part in (case.x, case.squares) if part is not None]
         got, after = case.multiply(form)
         assert error(got, case.want) < case.bound, case.product.kind(columns)

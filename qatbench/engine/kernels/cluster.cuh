@@ -1,4 +1,4 @@
-// What kernels of attention share: the SPLITS blocks of a cluster give each other numbers.
+// The SPLITS blocks of a cluster give each other numbers. What kernels of attention share beside that.
 
 // Each block knows how much it is to get, and waits for that much. A release by all, and an acquire,
 // would take a fence of the whole device.

@@ -5,7 +5,9 @@
 // other through the warp's slots, and at the end of each it leaves sums. After a round of units warps
 // meet, and add up; if there are several rounds each second one has sums of its own, so that no warp
 // has to wait until others have added up. UNEVEN is defined at compilation.
+#define SHARERS (SPLITS * WARPS)  // of a unit
 #include "product.cuh"
+#include "cluster.cuh"
 
 #define COUNT_OF_X (SINGLE && DIGITS ? SPAN / 64 : VECTORS)  // vectors of a span that a lane has
 
@@ -119,21 +121,52 @@ __device__ __forceinline__ void keep(
 #endif
 }
 
-// Parameters as of `linear.cu`'s. Dynamic shared memory: WARPS * DEPTH slots, sums of WARPS pairs a
-// unit of a round, twice if there are several rounds; if SINGLE and digits x, and its sums over groups.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
-    Weights W, const uint4* x, Output output, int columns, int each, int round, int lead,
-    int held_back) {
+// Squares of the columns that a lane ends tiles of become factors.
+__device__ __forceinline__ void to_factors(
+    float (&factors)[NT][2], const double (&squares)[NT][2], const Output& output) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+            factors[n][c] = output.squares
+                                ? rsqrtf((float)squares[n][c] * output.per_input + output.eps)
+                                : 1.f;
+}
+
+struct Give {
+    int rank;
+    u64* barrier;
+    template <class T>
+    __device__ __forceinline__ void operator()(T& to, const T& v) const { give(&to, rank, v, barrier); }
+};
+
+// Parameters as of `linear.cu`'s; `each` counts a cluster's units. Dynamic shared memory: WARPS * DEPTH
+// slots, sums of SHARERS pairs a unit of a round that is the block's, twice if there are several
+// rounds; if SINGLE and digits x, and its sums over groups.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+#if SPLITS > 1
+    __cluster_dims__(SPLITS, 1, 1)
+#endif
+    linear(
+        Weights W, const uint4* x, Output output, int columns, int each, int round, int lead,
+        int held_back) {
     if (lead < 0) start_dependents();
     extern __shared__ __align__(128) unsigned char memory[];
-    __shared__ float factors[NT * 8];
+    __shared__ u64 gifts;
     Slot* ring = (Slot*)memory;
     Sums* sums = (Sums*)(ring + WARPS * DEPTH);
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const int spans = W.K / SPAN, all = W.rows / (16 * MT), more = all - each * gridDim.x;
-    const int first = blockIdx.x * each + min((int)blockIdx.x, more);
-    const int end = first + each + ((int)blockIdx.x < more), rounds = each + (more > 0) > round ? 2 : 1;
-    const int from = warp * spans / WARPS, mine = (warp + 1) * spans / WARPS - from;
+    const int rank = blockIdx.x % SPLITS, cluster = blockIdx.x / SPLITS;
+    const int spans = W.K / SPAN, more = W.rows / (16 * MT) - each * (gridDim.x / SPLITS);
+    const int first = cluster * each + min(cluster, more);
+    const int end = first + each + (cluster < more), own = (round + SPLITS - 1) / SPLITS;
+    const int rounds = each + (more > 0) > round ? 2 : 1, sharer = rank * WARPS + warp;
+    const int from = sharer * spans / SHARERS, mine = (sharer + 1) * spans / SHARERS - from;
+    const int lanes = SINGLE ? 4 * MT : 8 * MT * ((columns + 1) / 2);  // that have four sums to give
+    if (threadIdx.x == 0)
+        expect(&gifts, (end - first - rank + SPLITS - 1) / SPLITS * SHARERS * lanes * 16);
+    __syncwarp();
+    arrive();  // others may write into this block
     Slot *const slots = ring + warp * DEPTH, *slot = slots;
     int left = (end - first) * mine;
     Source next = source(W, first, from, lane);
@@ -146,30 +179,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
         }
     };
     ask(0, DEPTH - held_back);
-    const int tiles_at_first = min(round, end - first) * MT * NT;
+    // Of the tiles and eight columns that are the block's in a round, the index among all.
+    const auto among_all = [&](int e) {
+        return (e / (MT * NT) * SPLITS + rank) * (MT * NT) + e % (MT * NT);
+    };
+    const int last_at_first = (min(round, end - first) - rank + SPLITS - 1) / SPLITS * (MT * NT) - 1;
     // It is older than the kernel before this one.
     const Early first_tile =
-        early(output, min(warp, tiles_at_first - 1), first, lane, W.rows, columns);
+        early(output, among_all(max(0, min(warp, last_at_first))), first, lane, W.rows, columns);
     at_hand(x), at_hand(output.squares);
+    wait_for_cluster();
     wait_for_prior();
     if (lead == 0) start_dependents();
-    const bool normed = output.squares && threadIdx.x < columns;
-    double square = 0.;
+    double squares[NT][2] = {};
     Kept kept[KEPT];
-    keep(kept, x, sums + rounds * round * WARPS, W.K, columns, from, mine, [&]() {
-        if (normed) square = output.squares[threadIdx.x];
+    keep(kept, x, sums + rounds * own * SHARERS, W.K, columns, from, mine, [&]() {
+#pragma unroll
+        for (int i = 0; i < NT * 2; ++i)
+            if (output.squares)
+                squares[i / 2][i % 2] = output.squares[min(column(i / 2, lane, i % 2), columns - 1)];
         ask(DEPTH - held_back, DEPTH);
     });
-    if (threadIdx.x < NT * 8)
-        factors[threadIdx.x] = normed ? rsqrtf((float)square * output.per_input + output.eps) : 1.f;
+    float factors[NT][2];
+    to_factors(factors, squares, output);
     const int start_at = min(lead, left);
     u64 most = 0;
     int other = 0;  // where this round's sums begin
-    for (int begin = first; begin < end; begin += round, other = round * WARPS - other) {
-        const int units = min(round, end - begin), tiles = units * MT * NT;
-        Sums* to = sums + other + warp;
+    for (int begin = first; begin < end; begin += round, other = own * SHARERS - other) {
+        const int units = min(round, end - begin);
 #pragma unroll 1
-        for (int unit = 0; unit < units; ++unit, to += WARPS) {
+        for (int unit = 0; unit < units; ++unit) {
             float acc[MT][NT][SUMS] = {};
 #pragma unroll
             for (int s = 0; s < KEPT; ++s) {
@@ -182,18 +221,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
                 if (++slot == slots + DEPTH) slot = slots;
                 --left;
             }
-            leave(*to, acc, columns, lane);
+            leave(sums[other + unit / SPLITS * SHARERS + sharer], acc, columns, lane,
+                  Give{unit % SPLITS, &gifts});
         }
-        __syncthreads();
+        wait_for_gifts(&gifts);
+        const int tiles = (units - rank + SPLITS - 1) / SPLITS * (MT * NT);
         for (int e = warp; e < tiles; e += WARPS) {
             if (e % NT * 8 >= columns) continue;
+            const int at = among_all(e), of_all = at / (MT * NT), of_own = e / (MT * NT);
             const Early before = begin == first && e == warp
                                      ? first_tile
-                                     : early(output, e, begin, lane, W.rows, columns);
-            const int unit = e / (MT * NT);
+                                     : early(output, at, begin, lane, W.rows, columns);
+            float factor[2];
+#pragma unroll
+            for (int n = 0; n < NT; ++n)
+                if (n == e % NT) factor[0] = factors[n][0], factor[1] = factors[n][1];
             end_of_tile(
-                sums + other + unit * (WARPS - 1), WARPS - 1 << 16, before, factors, output, most, e,
-                begin, lane, W.rows, columns);
+                sums + other + of_own * SHARERS - of_all, SHARERS - 1 << 16, before, factor, output,
+                most, at, begin, lane, W.rows, columns);
         }
     }
     end_of_screen(output, most, lane);

@@ -11,6 +11,7 @@
 // that no other warp waits for. A block takes at most 1 / BLOCKS of a multiprocessor. With 2, the
 // next kernel's blocks fit in beside this one's: they fill their slots while this kernel ends, and
 // what lies between two kernels costs memory no time.
+#define SHARERS WARPS  // of a unit, at most
 #include "product.cuh"
 
 #define AHEAD (BITS == 4 && !SINGLE && NT * VECTORS <= 8)  // a span of x is asked for early
@@ -60,6 +61,11 @@ __device__ __forceinline__ u32 sharers(int unit, int units, int spans) {
     const int all = units * spans, from = unit * spans;
     return ((from + 1) * WARPS - 1) / all | ((from + spans) * WARPS - 1) / all << 16;
 }
+
+struct Store {
+    template <class T>
+    __device__ __forceinline__ void operator()(T& to, const T& v) const { to = v; }
+};
 
 // `each`: units of a block, some have one more. `round`: units that a block has sums for at once.
 // `lead`: spans that a warp has left when the next kernel may start and ask for weights of its own; 0:
@@ -116,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
         float acc[MT][NT][SUMS] = {};
         Input now = in;
         now.go_on(span);
-        if (left == 0) leave(*to, acc, columns, lane);  // between two that have a share of a unit
+        if (left == 0) leave(*to, acc, columns, lane, Store());  // between two that have a share of a unit
 #if AHEAD
         Held x_now;
 #endif
@@ -175,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
             if (++slot == slots + DEPTH) slot = slots;
             --left;
             if (++span == spans || left == 0) {
-                leave(*to++, acc, columns, lane);
+                leave(*to++, acc, columns, lane, Store());
                 span = 0, now = in;
             }
         }
@@ -184,8 +190,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
             if (e % NT * 8 >= columns) continue;
             const Early before =
                 e == warp ? first_tile : early(output, e, begin, lane, W.rows, columns);
+            const float of[2] = {factors[min(column(e, lane, 0), columns - 1)],
+                                 factors[min(column(e, lane, 1), columns - 1)]};
             end_of_tile(
-                sums, shared_by[e / (MT * NT)], before, factors, output, most, e, begin, lane,
+                sums, shared_by[e / (MT * NT)], before, of, output, most, e, begin, lane,
                 W.rows, columns);
         }
         if (begin + round < end) __syncthreads();  // sums were read

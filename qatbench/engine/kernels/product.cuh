@@ -310,7 +310,10 @@ struct Sums {
 #endif
 };
 
-__device__ __forceinline__ void leave(Sums& to, float (&acc)[MT][NT][SUMS], int columns, int lane) {
+// `put` stores a number, or four.
+template <class Put>
+__device__ __forceinline__ void leave(
+    Sums& to, float (&acc)[MT][NT][SUMS], int columns, int lane, const Put& put) {
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -322,11 +325,11 @@ __device__ __forceinline__ void leave(Sums& to, float (&acc)[MT][NT][SUMS], int 
                 acc[m][n][s] += 65536.f * __shfl_down_sync(~0u, acc[m][n][s], 1);
 #endif
             if (lane % 4 == 0)
-                to.of[m][lane / 4] = acc[m][n][0], to.of[m][lane / 4 + 8] = acc[m][n][1];
+                put(to.of[m][lane / 4], acc[m][n][0]), put(to.of[m][lane / 4 + 8], acc[m][n][1]);
 #else
             if (n * 8 + (lane & 3) * 2 < columns)
-                to.of[m][n][lane] =
-                    make_float4(acc[m][n][0], acc[m][n][1], acc[m][n][2], acc[m][n][3]);
+                put(to.of[m][n][lane],
+                    make_float4(acc[m][n][0], acc[m][n][1], acc[m][n][2], acc[m][n][3]));
 #endif
 #pragma unroll
             for (int s = 0; s < SUMS; ++s) acc[m][n][s] = 0.f;
@@ -351,9 +354,10 @@ __device__ __forceinline__ Early early(
     return found;
 }
 
-// Add up what warps left of tile and eight columns e of a round, and finish it. All of a warp.
+// Add up what warps left of tile and eight columns e of a round, times a factor for each column, and
+// finish it. All of a warp.
 __device__ __forceinline__ void end_of_tile(
-    const Sums* sums, u32 sharers, const Early& before, const float* factors, const Output& output,
+    const Sums* sums, u32 sharers, const Early& before, const float (&factors)[2], const Output& output,
     u64& most, int e, int begin, int lane, int rows, int columns) {
     const int tile = e / NT, unit = tile / MT, m = tile % MT, last = sharers >> 16;
     int w = sharers & 0xFFFF;
@@ -362,7 +366,7 @@ __device__ __forceinline__ void end_of_tile(
     float y = 0.f;
     w += lane / 16;
 #pragma unroll
-    for (int j = 0; j < (WARPS + 1) / 2; ++j, w += 2)
+    for (int j = 0; j < (SHARERS + 1) / 2; ++j, w += 2)
         if (w <= last) y += sums[unit + w].of[m][lane % 16];
     y += __shfl_xor_sync(~0u, y, 16);
     const float lower = __shfl_xor_sync(~0u, y, 8), f = factors[0];
@@ -385,7 +389,7 @@ __device__ __forceinline__ void end_of_tile(
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
         const int n = column(e, lane, c), own = min(n, columns - 1);
-        const float f = factors[own];
+        const float f = factors[c];
         finish<4>(output, before.of[c], begin * MT + tile, lane / 4, own, (c ? y.y : y.x) * f,
                   (c ? y.w : y.z) * f, rows, n < columns);
     }
