@@ -36,14 +36,12 @@ from kept import show  # noqa: E402
 from qatbench.engine import cuda  # noqa: E402
 from qatbench.engine.arguments import NextNorm, Top  # noqa: E402
 from qatbench.engine.fast import FastRunner  # noqa: E402
+from qatbench.engine.form import LIBRARY, Card, Form  # noqa: E402
 from qatbench.engine.plain import PlainRunner  # noqa: E402
 from qatbench.engine.products import (  # noqa: E402
-    LIBRARY,
     LOGITS,
     RESIDUAL,
     SCREEN,
-    Card,
-    Form,
     Product,
     shared_by,
 )

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from qatbench.engine import cuda
+from qatbench.engine.form import Card
 from qatbench.engine.fused import Fused, Layer
-from qatbench.engine.products import Card
 from qatbench.engine.weights import Packed
 
 RESTS = (0, 1000, 2000, 3000)  # cycles

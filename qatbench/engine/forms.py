@@ -20,7 +20,8 @@ import torch
 from qatbench import store
 from qatbench.engine import cuda
 from qatbench.engine.attention import RESTS, Attention, attentions
-from qatbench.engine.products import LIBRARY, Card, Form, Product, compile_all, shared_by
+from qatbench.engine.form import LIBRARY, Card, Form
+from qatbench.engine.products import Product, compile_all, shared_by
 from qatbench.engine.step import Chosen, Step
 
 LAYERS = 12  # of a step that is timed
@@ -28,7 +29,7 @@ STEPS, REPEATS = 8, 3
 AGAIN = 4  # of each kind, that are compared again
 NEAR = (0, 2, 4, 8)  # KB, see `Attention`
 FEW = 16  # bytes a thread that may lie outside registers
-_SOURCES = ("linear.cu", "attention.cu", "grouped.cu", "small.cu")
+_SOURCES = ("linear.cu", "kept.cu", "attention.cu", "grouped.cu", "small.cu")
 
 
 def choose(step: Step, progress: Callable[[int, int], None] | None = None) -> Chosen:
@@ -184,7 +185,7 @@ def _without_spills(product: Product, rows: int) -> list[Form]:
     least = min((product.build(form, rows).spilled for form in own), default=0)
     most = max(least, FEW)
     kernels = {form: product.build(form, rows) for form in own}
-    return [f for f in every if f == LIBRARY or kernels[f].fits and kernels[f].spilled <= most]
+    return [f for f in every if f == LIBRARY or (kernels[f].fits and kernels[f].spilled <= most)]
 
 
 def _attentions_without_spills(step: Step, rows: int) -> list[Attention]:

@@ -19,15 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qatbench.engine.decoder import Decoder
-from qatbench.engine.products import (
-    LOGITS,
-    RESIDUAL,
-    STORE,
-    SWIGLU,
-    Card,
-    Product,
-    dequantize,
-)
+from qatbench.engine.form import Card
+from qatbench.engine.products import LOGITS, RESIDUAL, STORE, SWIGLU, Product, dequantize
 from qatbench.engine.screen import Screen, screen
 from qatbench.engine.weights import CHUNK, TILE, Packed, check_shape, pack
 from qatbench.errors import ShapeError, UsageError

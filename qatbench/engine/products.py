@@ -1,14 +1,14 @@
 """Products of a decoding step on CUDA, each in several forms.
 
-`kernels/linear.cu` can be built with more or fewer warps, tiles and reads on their way; torch's
-dense product (for INT4 after dequantizing) is one more form. Which is the fastest depends on the
+`kernels/linear.cu` can be built with more or fewer warps, tiles and reads on their way, and so can
+`kernels/kept.cu`, whose warps keep their part of the input in registers; torch's dense product (for
+INT4 after dequantizing) is one more form. Which is the fastest depends on the
 shape, the number of columns, the card and the kernels around it: `forms` measures.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qatbench.engine import cuda
 from qatbench.engine.arguments import NextNorm, Output, Top, Weights, address
+from qatbench.engine.form import AT_ONCE, LIBRARY, WITH_INPUT, Card, Form
 from qatbench.engine.weights import CHUNK, TILE, Packed
 from qatbench.errors import PrerequisiteError
 
@@ -26,52 +27,11 @@ STORE, RESIDUAL, SWIGLU, LOGITS, SCREEN = range(5)
 """Epilogues."""
 MOST_COLUMNS = 64
 _SUMS = 18 << 10  # bytes of sums that a block is meant to hold at once
-_KEPT = 64  # registers of inputs that a lane keeps at most
+_KEPT = 80  # registers that a lane keeps inputs in at most
 _UNEVEN = 1.15  # of the mean, what a warp may have more to do than others
 _SCALES = 128  # bytes of a tile and group on their way
 _MORE = 4 << 10  # bytes that a block takes beyond half of a multiprocessor's, or less
 _RESERVED = 2 << 10  # bytes of shared memory a block that are the system's, or the kernel's own
-
-
-@dataclass(frozen=True)
-class Card:
-    """What of a device decides how products are launched."""
-
-    multiprocessors: int
-    shared: int  # bytes of shared memory of each
-
-    @staticmethod
-    @functools.cache
-    def current() -> Card:
-        """The device that torch uses."""
-        device = torch.cuda.get_device_properties(torch.cuda.current_device())
-        return Card(device.multi_processor_count, device.shared_memory_per_multiprocessor)
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a product is built and launched."""
-
-    warps: int
-    tiles: int  # that a warp works on at once: a unit
-    depth: int  # spans on their way a warp
-    blocks: int  # that fit into a multiprocessor
-    span: int  # inputs that a warp takes at once
-    lead: int = 0  # spans that a warp has left when the next kernel may start; or as below
-    held_back: int = 0  # spans of the first `depth` that a warp asks for only after the input
-    kept: int = 0  # spans of the input that a warp keeps in registers; 0: none
-    splits: int = 1  # blocks of a cluster, which share its inputs out
-
-    @property
-    def source(self) -> str:
-        """File of the kernel `linear`."""
-        return "kept.cu" if self.kept else "linear.cu"
-
-
-WITH_INPUT, AT_ONCE = 0, -1
-"""Leads: the next kernel may start when this one's input is there, or with this one."""
-LIBRARY = Form(0, 0, 0, 0, 0)
-"""torch's dense product, with a launch of its own for what comes after."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +59,11 @@ class Product:
     def width(self) -> int:
         """Inputs."""
         return self.weight.width if isinstance(self.weight, Packed) else self.weight.shape[1]
+
+    @property
+    def bits(self) -> int:
+        """Of a weight."""
+        return self.weight.bits if isinstance(self.weight, Packed) else 16
 
     @property
     def outputs(self) -> int:
@@ -156,7 +121,7 @@ class Product:
         """Forms whose warps keep their share of the input in registers."""
         found = []
         for span, warps, tiles, blocks, splits in itertools.product(
-            self._spans(), range(8, 17), (1, 2), (1, 2), (1, 2, 4)
+            self._spans(), range(6, 17), (1, 2), (1, 2), (1, 2) if card.clusters else (1,)
         ):
             spans, sharers = self.width // span, warps * splits
             kept = -(-spans // sharers)
@@ -165,18 +130,20 @@ class Product:
                 continue
             if self.rows % (TILE * tiles) or warps * 32 * blocks > 1024:
                 continue
-            if splits > 1 and self._round(form, columns, card) < self._each(form, card):
-                continue
-            if self._registers(form, columns) <= _KEPT:
+            one_round = self._round(form, columns, card) == self._each(form, card)
+            if self._registers(form, columns) <= _KEPT and (splits == 1 or one_round):
                 found += self._deep(form, columns, card, blocks == 2)
         return found
 
     def _registers(self, form: Form, columns: int) -> int:
-        """That hold a lane's share of the input: two digits a number and three are bytes."""
-        inputs = form.kept * form.span
-        if columns == 1 and isinstance(self.weight, Packed):
-            return inputs // 16
-        return inputs // 8 * _column_tiles(columns)
+        """That hold a lane's share of the input, and what groups of it need."""
+        w, inputs, eights = self.weight, form.kept * form.span, _column_tiles(columns)
+        if not isinstance(w, Packed):
+            return inputs // 8 * eights
+        zeros, groups = w.zeros is not None, inputs // w.group
+        if columns == 1:
+            return inputs // 16 + groups * (5 + zeros)
+        return (inputs // 8 + groups * (2 + 2 * zeros)) * eights
 
     def _spans(self) -> list[int]:
         w = self.weight
@@ -204,7 +171,7 @@ class Product:
         if form.kept:
             rounds = 1 if units == self._each(form, card) else 2
             pairs = rounds * -(-units // form.splits) * form.splits * form.warps
-        sums = pairs * _sums(form, columns) + (0 if form.kept else -(-units // 4) * 16)
+        sums = pairs * _sums(form, columns, self.bits) + (0 if form.kept else -(-units // 4) * 16)
         staged = columns == 1 and (not form.kept or isinstance(self.weight, Packed))
         return ring + sums + (self._bytes_of_x() if staged else 0)
 
@@ -235,9 +202,9 @@ class Product:
     def _round(self, form: Form, columns: int, card: Card) -> int:
         """Units that a block has sums for at once: all of its own, or equal parts of them."""
         units = self._each(form, card)
-        most = _SUMS // _sums(form, columns) - form.warps
+        most = _SUMS // _sums(form, columns, self.bits) - form.warps
         if form.kept:
-            most = 2 * _SUMS // _sums(form, columns) // form.warps
+            most = 2 * _SUMS // _sums(form, columns, self.bits) // form.warps
             if form.splits > 1:
                 most *= 2 * (3 - form.blocks)
             most = most if units <= most else most // 2
@@ -251,11 +218,9 @@ class Product:
 
     def _defines(self, form: Form, columns: int) -> dict[str, int]:
         w = self.weight
-        bits, group, zeros = 16, 0, None
-        if isinstance(w, Packed):
-            bits, group, zeros = w.bits, w.group, w.zeros
+        group, zeros = (w.group, w.zeros) if isinstance(w, Packed) else (0, None)
         return {
-            "BITS": bits, "GROUP": group, "ZEROS": int(zeros is not None),
+            "BITS": self.bits, "GROUP": group, "ZEROS": int(zeros is not None),
             "NT": _column_tiles(columns), "MT": form.tiles, "WARPS": form.warps,
             "DEPTH": form.depth, "BLOCKS": form.blocks, "SPAN": form.span,
             "SINGLE": int(columns == 1), "EPILOGUE": self.epilogue, "KEPT": form.kept,
@@ -288,9 +253,10 @@ class Product:
             return
         columns, card = len(x), Card.current()
         function = self.build(form, columns)
+        clusters = self._clusters(form, card)
         function(
-            (form.splits * self._clusters(form, card),), form.warps * 32, self._c_weights(), x, output,
-            ctypes.c_int(columns), ctypes.c_int(self._units(form) // self._clusters(form, card)),
+            (form.splits * clusters,), form.warps * 32, self._c_weights(), x, output,
+            ctypes.c_int(columns), ctypes.c_int(self._units(form) // clusters),
             ctypes.c_int(self._round(form, columns, card)), ctypes.c_int(form.lead),
             ctypes.c_int(form.held_back),
         )  # fmt: skip
@@ -311,9 +277,11 @@ class Product:
         return Weights(address(w.words), address(w.scales), address(w.zeros), w.rows, w.width)
 
 
-def _sums(form: Form, columns: int) -> int:
+def _sums(form: Form, columns: int, bits: int) -> int:
     """Bytes of a warp's sums of a unit: of 16 outputs a tile, or 32 lanes' four a tile."""
-    return form.tiles * (64 if columns == 1 else _column_tiles(columns) * 512)
+    if columns == 1:
+        return form.tiles * (128 if form.kept and bits == 4 else 64)
+    return form.tiles * _column_tiles(columns) * 512
 
 
 def _column_tiles(columns: int) -> int:

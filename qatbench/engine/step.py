@@ -15,8 +15,8 @@ from qatbench.engine import cuda
 from qatbench.engine.arguments import NextNorm, Row, Top, address
 from qatbench.engine.attention import Attention, attentions, later
 from qatbench.engine.decoder import Cache
+from qatbench.engine.form import Card, Form
 from qatbench.engine.fused import Fused, Layer
-from qatbench.engine.products import Card, Form
 
 _CHOOSERS = 32  # blocks a row that look for the likeliest token
 _IN_A_ROW = 8  # steps that are a graph of their own: between graphs the device idles

@@ -357,9 +357,14 @@ static int without_sign(u32 byte) { return (unsigned char)byte; }
 static void mma_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     multiply_fragments<4>(c, {a0, a1, a2, a3, b0, b1}, with_sign, with_sign);
 }
-static void mma_unsigned_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+static void mma_left_unsigned(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    multiply_fragments<4>(c, {a0, a1, a2, a3, b0, b1}, without_sign, with_sign);
+}
+static void mma_right_unsigned(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     multiply_fragments<4>(c, {a0, a1, a2, a3, b0, b1}, with_sign, without_sign);
 }
+static u32 even_fields(u32 word) { return (word & 0x0F0F0F0Fu) ^ 0x08080808u; }
+static u32 odd_fields(u32 word) { return (word & 0xF0F0F0F0u) ^ 0x80808080u; }
 // PTX ISA, ldmatrix: lanes 8i to 8i + 7 have the addresses of matrix i's rows.
 static uint4 told_matrices(u32 from, bool turned) {
     u32 told[32], got[4];

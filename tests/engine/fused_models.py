@@ -13,14 +13,8 @@ import transformers
 from torch import Tensor
 
 from qatbench.engine.arguments import NextNorm
-from qatbench.engine.products import (
-    LOGITS,
-    RESIDUAL,
-    STORE,
-    SWIGLU,
-    Form,
-    Product,
-)
+from qatbench.engine.form import Form
+from qatbench.engine.products import LOGITS, RESIDUAL, STORE, SWIGLU, Product
 from qatbench.engine.weights import pack
 from qatbench.quant.packing import Affine
 from qatbench.vlm.batch import Encoded

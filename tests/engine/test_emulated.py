@@ -23,17 +23,9 @@ from qatbench.engine.arguments import Row, Top, address
 from qatbench.engine.attention import Attention, Later, attentions
 from qatbench.engine.decoder import torch_step
 from qatbench.engine.fast import FastRunner
+from qatbench.engine.form import Card, Form
 from qatbench.engine.fused import Fused
-from qatbench.engine.products import (
-    LOGITS,
-    RESIDUAL,
-    STORE,
-    SWIGLU,
-    Card,
-    Form,
-    Product,
-    dequantize,
-)
+from qatbench.engine.products import LOGITS, RESIDUAL, STORE, SWIGLU, Product, dequantize
 from qatbench.engine.screen import Screen, screen
 from qatbench.engine.step import Step
 from qatbench.engine.weights import Packed, pack
@@ -120,8 +112,13 @@ def test_products(
     ids=str,
 )  # fmt: skip
 def test_products_that_keep_the_input(
-    device: Device, shape: tuple[int, int, int], zeros: bool, columns: int, bits: int, lazy: bool,
-    splits: int
+    device: Device,
+    shape: tuple[int, int, int],
+    zeros: bool,
+    columns: int,
+    bits: int,
+    lazy: bool,
+    splits: int,
 ) -> None:
     device.lazy, span = lazy, max(shape[2], 64) if bits == 4 else 64
     forms = {
@@ -131,7 +128,8 @@ def test_products_that_keep_the_input(
     for case in cases(*shape, zeros, columns, bits == 4, "cpu"):
         form = forms[case.product.epilogue]
         warps = max(4, form.warps // splits)
-        form = replace(form, kept=-(-(shape[1] // span) // (warps * splits)), splits=splits, warps=warps)
+        kept = -(-(shape[1] // span) // (warps * splits))
+        form = replace(form, kept=kept, splits=splits, warps=warps)
         device.late = [part for part in (case.x, case.squares) if part is not None]
         got, after = case.multiply(form)
         assert error(got, case.want) < case.bound, case.product.kind(columns)
@@ -151,17 +149,65 @@ def test_a_block_with_more_units_than_it_has_sums_for(device: Device) -> None:
     assert error(got, x.double() @ dense(a).T * (1 + EPS) ** -0.5) < 3e-5
 
 
-def test_digits_keep_a_column_of_any_size(device: Device) -> None:
-    """Groups from 2^-100 to the largest numbers, and one of zeros, each by itself."""
+KEEPING = Form(8, 1, 2, 2, 64, kept=1)
+
+
+def test_a_block_that_keeps_the_input_adds_up_round_by_round(device: Device) -> None:
+    """Each second round has sums of its own; one warp is far behind, or ahead."""
+    torch.manual_seed(0)
+    a, x = affine(1536, 512, 32, True, "cpu"), torch.randn(5, 512).bfloat16()
+    product = Product(pack(a), LOGITS)
+    units, card = -(-product.rows // (16 * 3)), Card.current()
+    assert 2 < -(-units // product._round(KEEPING, 5, card)) < units
+    assert error(logits(device, a, x, KEEPING), x.double() @ dense(a).T) < 3e-5
+
+
+@pytest.mark.parametrize(
+    ("form", "columns", "most"),
+    [(Form(8, 1, 2, 2, 64), 1, 3e-5), (KEEPING, 1, 3e-5), (KEEPING, 8, 2e-4)],
+    ids=["one column", "one that is kept", "eight that are kept"],
+)
+def test_digits_keep_a_column_of_any_size(
+    device: Device, form: Form, columns: int, most: float
+) -> None:
+    """Groups from 2^-100 to where sums still have a place, and one of zeros, each by itself."""
     torch.manual_seed(0)
     a = affine(32, 512, 64, True, "cpu")
-    x, form = torch.randn(1, 512), Form(8, 1, 2, 2, 64)
-    for i, power in enumerate((-100, -90, -40, 0, 14, 100, 124)):
+    x = torch.randn(columns, 512)
+    for i, power in enumerate((-100, -90, -40, 0, 14, 100, 120)):
         only = torch.zeros_like(x)
         only[:, i * 64 : i * 64 + 64] = x[:, i * 64 : i * 64 + 64]
         column = (only.double() * 2.0**power).bfloat16()
-        assert error(logits(device, a, column, form), column.double() @ dense(a).T) < 3e-5, power
+        assert error(logits(device, a, column, form), column.double() @ dense(a).T) < most, power
     assert not logits(device, a, torch.zeros_like(column), form).any()
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_two_digits_are_off_by_no_more_than_they_say(device: Device, zeros: bool) -> None:
+    """A number in each group is far larger than the others, as activations have them."""
+    torch.manual_seed(0)
+    a = affine(64, 512, 64, zeros, "cpu")
+    x = torch.randn(8, 512)
+    x[:, 5::64] *= 1000
+    x = x.bfloat16()
+    want, weights = x.double() @ dense(a).T, dense(a).abs().view(64, -1, 64).sum(-1)
+    largest = x.double().abs().view(8, -1, 64).amax(-1)
+    off = (logits(device, a, x, KEEPING) - want).abs()
+    assert bool((off <= 2**-15 * largest @ weights.T + 1e-6 * want.abs().max()).all())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("form", [Form(8, 1, 2, 2, 64), KEEPING], ids=["read", "kept"])
+@pytest.mark.parametrize("columns", [1, 8])
+def test_what_is_no_number_stays_that(
+    device: Device, form: Form, columns: int, value: float
+) -> None:
+    torch.manual_seed(0)
+    a, x = affine(32, 512, 64, False, "cpu"), torch.randn(columns, 512).bfloat16()
+    x[-1, 70] = value
+    got = logits(device, a, x, form)
+    assert not got[-1].isfinite().any()
+    assert bool(got[:-1].isfinite().all())
 
 
 SCREENED = {  # rows, inputs, tokens, form
@@ -321,11 +367,13 @@ def break_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Br
 
     def changed(name: str, replaced: dict[str, str]) -> None:
         for file in cuda.SOURCES.iterdir():
+            (tmp_path / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+        for old, new in replaced.items():
+            own = [tmp_path / name, tmp_path / "product.cuh"]
+            (file,) = (f for f in own if old in f.read_text(encoding="utf-8"))
             text = file.read_text(encoding="utf-8")
-            for old, new in replaced.items() if file.name == name else ():
-                assert text.count(old) == 1
-                text = text.replace(old, new)
-            (tmp_path / file.name).write_text(text, encoding="utf-8")
+            assert text.count(old) == 1
+            file.write_text(text.replace(old, new), encoding="utf-8")
         monkeypatch.setattr(cuda, "SOURCES", tmp_path)
         emulation._library.cache_clear()
 
@@ -393,6 +441,42 @@ def test_a_broken_kernel_is_noticed(device: Device, what: str, break_source: Bre
     assert wrong() < 3e-5
     replaced, told = BROKEN[what]
     break_source("linear.cu", replaced)
+    if told:
+        with pytest.raises(AssertionError, match=told):
+            wrong()
+    else:
+        assert wrong() > 0.01
+
+
+MEETS = "        wait_for_gifts(&gifts);\n"
+OWN = " + (from + s) * (SPAN / 8)"
+BROKEN_KEEPING: dict[str, tuple[dict[str, str], str]] = {
+    "reads before copies have come": ({"wait_for_copies<DEPTH - 1>": "wait_for_copies<DEPTH>"}, ""),
+    "adds before all have left sums": ({MEETS: ""}, ""),
+    "keeps another warp's input": ({OWN: OWN.replace("from", "from ^ 1")}, ""),
+    "leaves sums where the last ones are": ({"other = own * SHARERS - other": "other = 0"}, ""),
+    "forgets what it held back": ({"        ask(DEPTH - held_back, DEPTH);\n": ""}, ""),
+    "goes on at the wrong unit": ({"jump_of(W.K, mine)": "jump_of(W.K, mine + 1)"}, ""),
+    "expects more": ({"* MT * lanes * 16": "* MT * lanes * 32"}, "threads wait for ever"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", list(BROKEN_KEEPING))
+def test_a_broken_kernel_that_keeps_the_input_is_noticed(
+    device: Device, what: str, break_source: Break
+) -> None:
+    torch.manual_seed(0)
+    replaced, told = BROKEN_KEEPING[what]
+    form = replace(KEEPING, held_back=1, splits=2 if told else 1, warps=4 if told else 8)
+    a = affine(96 if told else 768, 512, 64, False, "cpu")
+    x = torch.randn(4, 512).bfloat16()
+    want = x.double() @ dense(a).T
+
+    def wrong() -> float:
+        return error(logits(device, a, x, form).nan_to_num(1e9), want)
+
+    assert wrong() < 3e-5
+    break_source("kept.cu", replaced)
     if told:
         with pytest.raises(AssertionError, match=told):
             wrong()

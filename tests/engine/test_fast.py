@@ -16,9 +16,10 @@ from engine_types import Ask, Load, Packs
 from qatbench.engine import fast, fused, pick
 from qatbench.engine.decoder import ROPE, Decoder
 from qatbench.engine.fast import FastRunner
+from qatbench.engine.form import LIBRARY, Card
 from qatbench.engine.fused import Fused
 from qatbench.engine.plain import PlainRunner
-from qatbench.engine.products import LIBRARY, Card, Product
+from qatbench.engine.products import Product
 from qatbench.engine.runner import Runner
 from qatbench.errors import ArtifactError, UsageError
 from qatbench.quant.packing import Affine

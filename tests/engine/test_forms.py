@@ -12,17 +12,8 @@ import torch
 from qatbench import store
 from qatbench.engine import cuda, forms
 from qatbench.engine.attention import Attention, attentions
-from qatbench.engine.products import (
-    LIBRARY,
-    LOGITS,
-    RESIDUAL,
-    SCREEN,
-    STORE,
-    Card,
-    Form,
-    Product,
-    shared_by,
-)
+from qatbench.engine.form import LIBRARY, Card, Form
+from qatbench.engine.products import LOGITS, RESIDUAL, SCREEN, STORE, Product, shared_by
 from qatbench.engine.step import Chosen, first_guess
 from qatbench.engine.weights import Packed
 
@@ -36,7 +27,8 @@ HEADS = (LOGITS, SCREEN)
 
 
 def spilled(product: Product, form: Form, columns: int) -> Any:
-    return SimpleNamespace(spilled=64 if form.warps == 8 and product.epilogue not in HEADS else 8)
+    lacks = form.warps == 8 and product.epilogue not in HEADS
+    return SimpleNamespace(spilled=64 if lacks else 8, fits=form.splits == 1)
 
 
 class Step:

@@ -15,14 +15,9 @@ from qatbench.engine import forms, products
 from qatbench.engine.attention import attentions
 from qatbench.engine.decoder import torch_step
 from qatbench.engine.fast import FastRunner
+from qatbench.engine.form import LIBRARY, Card, Form
 from qatbench.engine.forms import choose
-from qatbench.engine.products import (
-    LIBRARY,
-    RESIDUAL,
-    Card,
-    Form,
-    Product,
-)
+from qatbench.engine.products import RESIDUAL, Product
 from qatbench.engine.step import Step
 from qatbench.engine.weights import pack
 from qatbench.vlm.batch import Encoded

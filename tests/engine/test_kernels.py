@@ -24,22 +24,16 @@ from machine_code import FRAME, REGISTERS, attribute, needs_nvrtc
 
 from qatbench.engine import cuda
 from qatbench.engine.attention import Attention, attentions
-from qatbench.engine.products import (
-    LIBRARY,
-    LOGITS,
-    RESIDUAL,
-    SCREEN,
-    STORE,
-    SWIGLU,
-    Card,
-    Form,
-    Product,
-)
+from qatbench.engine.form import LIBRARY, Card, Form
+from qatbench.engine.products import LOGITS, RESIDUAL, SCREEN, STORE, SWIGLU, Product
 from qatbench.engine.step import Step
 from qatbench.engine.weights import Packed
 
 AMPERE, SMALL, HOPPER = (8, 0), (8, 9), (9, 0)
-CARDS = {AMPERE: Card(108, 164 << 10), SMALL: Card(34, 100 << 10), HOPPER: Card(132, 228 << 10)}
+CARDS = {
+    AMPERE: Card(108, 164 << 10, False), SMALL: Card(34, 100 << 10, False),
+    HOPPER: Card(132, 228 << 10),
+}  # fmt: skip
 SYSTEM = 1 << 10  # bytes of shared memory a block that CUDA takes
 MOST_STACK = 64  # bytes a thread, which spilled registers would take
 MEASURED = Path(__file__).resolve().parents[2] / "results" / "engine" / "llava.json"
@@ -102,7 +96,9 @@ def own_forms(p: Product, columns: int, card: tuple[int, int]) -> list[Form]:
 
 
 def own_shared(defines: dict[str, int]) -> int:
-    """Bytes of `factors`, after which dynamic shared memory begins at a multiple of 128."""
+    """Bytes of `factors`, or `gifts`, up to the multiple of 128 where dynamic memory begins."""
+    if defines["KEPT"]:
+        return 128 if defines["SPLITS"] > 1 else 0
     return max(128, 32 * defines["NT"])
 
 
@@ -111,18 +107,21 @@ def room(form: Form) -> int:
     return min(255, 65536 // (form.warps * 32 * form.blocks)) - form.tiles * form.span // 8
 
 
-def linear_cases(roomiest: bool) -> list[Case]:
+def linear_cases(roomiest: bool, kept: bool) -> list[Case]:
     """Each weight with each number of columns, epilogues in turn: every pair; both cards.
 
-    Of all forms the one with most registers to spare, or with fewest.
+    Of all forms, that keep inputs or do not, the one with most registers to spare, or with fewest.
     """
     cases: list[Case] = []
     for i, weight in enumerate(WEIGHTS):
         for j, columns in enumerate(COLUMNS):
             card = HOPPER if (i + j + roomiest) % 2 else AMPERE
             p = product(*weight, EPILOGUES[(i + j) % 4])
-            forms = sorted(own_forms(p, columns, card), key=room)
-            cases.append(("linear.cu", p._defines(forms[-roomiest], columns), card))
+            forms = [form for form in own_forms(p, columns, card) if bool(form.kept) == kept]
+            if forms:
+                taken = {form: p._registers(form, columns) * kept for form in forms}
+                form = sorted(forms, key=lambda form: room(form) - taken[form])[-roomiest]
+                cases.append((form.source, p._defines(form, columns), card))
     return cases
 
 
@@ -137,7 +136,7 @@ def chosen_cases() -> Iterator[Case]:
         weight = (int(kind[1]), 128, False) if kind[1] else (16, 0, False)
         form, epilogue, columns = Form(**row["form"]), int(kind[2]), int(kind[3])
         if form != LIBRARY:
-            yield "linear.cu", product(*weight, epilogue)._defines(form, columns), HOPPER
+            yield form.source, product(*weight, epilogue)._defines(form, columns), HOPPER
 
 
 def attention_cases(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Case, int]]:
@@ -204,17 +203,19 @@ def check(images: dict[str, bytes], *names: str) -> None:
 
 
 @needs_nvrtc
-def test_linear_compiles_for_every_weight_epilogue_and_batch() -> None:
-    for roomiest in (True, False):
-        cases = linear_cases(roomiest)
-        assert len(cases) == len(WEIGHTS) * len(COLUMNS)
-        images = compile_all(cases)
-        check(images, "linear")
-        # Forms without room may spill: they are not taken. Beyond 32 columns all do.
-        for (_, defines, card), (case, image) in zip(cases, images.items(), strict=True):
-            assert static_shared(image, "linear", card) == own_shared(defines), case
-            if roomiest and defines["NT"] <= 4:
-                assert max(attribute(image, FRAME)) <= MOST_STACK, case
+@pytest.mark.parametrize("kept", [False, True], ids=["read", "kept"])
+@pytest.mark.parametrize("roomiest", [True, False])
+def test_linear_compiles_for_every_weight_epilogue_and_batch(roomiest: bool, kept: bool) -> None:
+    cases = linear_cases(roomiest, kept)
+    most = len(WEIGHTS) * len(COLUMNS)
+    assert len(cases) == most or (kept and most > len(cases) > most / 2)
+    images = compile_all(cases)
+    check(images, "linear")
+    # Forms without room may spill: they are not taken. Beyond 32 columns, or 8, all do.
+    for (_, defines, card), (case, image) in zip(cases, images.items(), strict=True):
+        assert static_shared(image, "linear", card) == own_shared(defines), case
+        if roomiest and defines["NT"] <= (1 if kept else 4):
+            assert max(attribute(image, FRAME)) <= MOST_STACK, case
 
 
 @needs_nvrtc
@@ -224,7 +225,7 @@ def test_screens_compile_in_all_forms() -> None:
         p = product(8, group, False, SCREEN, rows=32064)
         forms = own_forms(p, 1, card)
         assert len(forms) >= 8
-        cases += [("linear.cu", p._defines(form, 1), card) for form in forms]
+        cases += [(form.source, p._defines(form, 1), card) for form in forms]
     images = compile_all(cases)
     check(images, "linear")
     stacks = [max(attribute(image, FRAME)) for image in images.values()]
@@ -238,7 +239,7 @@ def test_registers_suffice_for_a_third_of_all_forms(columns: int) -> None:
     for weight, card in (((4, 128, False), HOPPER), ((16, 0, False), AMPERE)):
         p = product(*weight, RESIDUAL)
         forms = {replace(form, depth=0): form for form in own_forms(p, columns, card)}
-        cases = [("linear.cu", p._defines(form, columns), card) for form in forms.values()]
+        cases = [(form.source, p._defines(form, columns), card) for form in forms.values()]
         stacks = [max(attribute(image, FRAME)) for image in compile_all(cases).values()]
         assert len(stacks) == len(cases) >= 10
         assert 3 * stacks.count(0) >= len(stacks), (weight, stacks)
@@ -328,30 +329,50 @@ def test_every_form_fits_and_two_kernels_share_a_multiprocessor(card: tuple[int,
     assert 2 * min(twos[True]) > most
 
 
-LAID_OUT = """Slot* ring = (Slot*)memory; Sums* sums = (Sums*)(ring + WARPS * DEPTH);
+LAID_OUT = {
+    "linear.cu": """Slot* ring = (Slot*)memory; Sums* sums = (Sums*)(ring + WARPS * DEPTH);
 u32* shared_by = (u32*)(sums + round + WARPS); ... #if SINGLE
 uint4* staged = (uint4*)(shared_by + (round + 3) / 4 * 4);
-float2* groups = (float2*)(staged + W.K / 16 * BYTES_OF_X);"""
+float2* groups = (float2*)(staged + W.K / 16 * BYTES_OF_X);""",
+    "kept.cu": """Slot* ring = (Slot*)memory; Sums* sums = (Sums*)(ring + WARPS * DEPTH);
+ ... keep(kept, x, sums + rounds * own * SHARERS, ... #if SINGLE && DIGITS
+ ... float2* groups = (float2*)((uint4*)staged + K / 16 * BYTES_OF_X)""",
+}
+
+
+def laid_out(p: Product, form: Form, columns: int) -> str:
+    """Bytes of a block's shared memory as the kernels lay it out, in their own terms."""
+    units, groups = p._round(form, columns, CARDS[HOPPER]), 0
+    if isinstance(p.weight, Packed):
+        groups = p.width // p.weight.group
+    ring = f"{form.warps * form.depth} * sizeof(Slot)"
+    x = f"({p.width} * BYTES_OF_X + {groups} * sizeof(float2))"
+    if not form.kept:
+        sums = f"{units + form.warps} * sizeof(Sums) + {(units + 3) // 4 * 4} * sizeof(u32)"
+        return f"{ring} + {sums} + SINGLE * {x}"
+    rounds = 1 if units == p._each(form, CARDS[HOPPER]) else 2
+    own, sharers = -(-units // form.splits), form.splits * form.warps
+    return f"{ring} + {rounds * own * sharers} * sizeof(Sums) + (SINGLE && DIGITS) * {x}"
 
 
 @needs_nvrtc
-def test_bytes_of_shared_memory_are_the_kernels_own() -> None:
+@pytest.mark.parametrize("source", list(LAID_OUT))
+def test_bytes_of_shared_memory_are_the_kernels_own(source: str) -> None:
     """The compiler adds up what the kernel lays out; the card is Hopper."""
-    text = (cuda.SOURCES / "linear.cu").read_text(encoding="utf-8")
-    for passage in LAID_OUT.split(" ... "):
+    text = (cuda.SOURCES / source).read_text(encoding="utf-8")
+    for passage in LAID_OUT[source].split(" ... "):
         assert " ".join(passage.split()) in " ".join(text.split())
     asserted: dict[str, list[str]] = {}
     both = [*itertools.product(WEIGHTS, COLUMNS), ((8, 128, False), 1), ((8, 32, False), 1)]
     for weight, columns in both:
         p = product(*weight, STORE, rows=22016)
-        groups = p.width // weight[1] if weight[1] else 0
         for form in own_forms(p, columns, HOPPER):
-            defines = p._defines(form, columns) | {"WARPS": 8, "DEPTH": 2, "BLOCKS": 1}
-            units = p._round(form, columns, CARDS[HOPPER])
+            if form.source != source:
+                continue
+            defines = p._defines(form, columns) | {"DEPTH": 2, "BLOCKS": 1}
+            defines |= {} if form.kept else {"WARPS": 8}
             asserted.setdefault(" ".join(f"-D{k}={v}" for k, v in defines.items()), []).append(
-                f"static_assert({form.warps * form.depth} * sizeof(Slot) + {units + form.warps} * "
-                f"sizeof(Sums) + {(units + 3) // 4 * 4} * sizeof(u32) + SINGLE * "
-                f"({p.width} * BYTES_OF_X + {groups} * sizeof(float2)) == "
+                f"static_assert({laid_out(p, form, columns)} == "
                 f'{p._taken(form, columns, CARDS[HOPPER])}, "{form}");'
             )
     nvrtc, common = cuda._binding("nvrtc"), cuda.headers()
@@ -359,7 +380,7 @@ def test_bytes_of_shared_memory_are_the_kernels_own() -> None:
     def compiled(options: str) -> bytes:
         code = "\n".join([text.partition('extern "C"')[0], *asserted[options]]).encode()
         target = [*options.split(), "--gpu-architecture=sm_90", "-std=c++17"]
-        return cuda._compiled(nvrtc, "linear.cu", code, common, target)
+        return cuda._compiled(nvrtc, source, code, common, target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         assert all(pool.map(compiled, asserted))

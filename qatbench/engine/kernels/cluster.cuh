@@ -1,4 +1,4 @@
-// The SPLITS blocks of a cluster give each other numbers. What kernels of attention share beside that.
+// The SPLITS blocks of a cluster give each other numbers. And what kernels of attention share.
 
 // Each block knows how much it is to get, and waits for that much. A release by all, and an acquire,
 // would take a fence of the whole device.

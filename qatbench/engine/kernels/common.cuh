@@ -71,14 +71,33 @@ __device__ __forceinline__ void mma_bytes(
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// The right operand's without signs.
-__device__ __forceinline__ void mma_unsigned_bytes(
+// The same where the left operand has no signs, or the right one has none.
+__device__ __forceinline__ void mma_left_unsigned(
+    int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma_right_unsigned(
     int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// Every second field of eight as bytes, and the others as bytes that are 16 times them.
+__device__ __forceinline__ u32 even_fields(u32 word) {
+    u32 r;
+    asm("lop3.b32 %0, %1, 0x0F0F0F0F, 0x08080808, 0x6A;" : "=r"(r) : "r"(word));  // and, xor
+    return r;
+}
+__device__ __forceinline__ u32 odd_fields(u32 word) {
+    u32 r;
+    asm("lop3.b32 %0, %1, 0xF0F0F0F0, 0x80808080, 0x6A;" : "=r"(r) : "r"(word));
+    return r;
 }
 
 // From shared memory, by the first lanes alone; what the others get is anything.

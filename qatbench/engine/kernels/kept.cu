@@ -1,28 +1,165 @@
-// y = W x for a few columns x, where every warp keeps its share of x in registers: see `linear.cu`.
+// y = W x for a few columns x, where every warp keeps its part of x in registers: see `linear.cu`.
 //
 // A warp has the same inputs of all units of its block, KEPT spans, or one fewer if UNEVEN. So x is read
-// once a block and not once a unit, which for eight columns is more than W. Units come one after the
-// other through the warp's slots, and at the end of each it leaves sums. After a round of units warps
-// meet, and add up; if there are several rounds each second one has sums of its own, so that no warp
-// has to wait until others have added up. UNEVEN is defined at compilation.
+// once a block and not once a unit, which for eight columns is more than W; and it becomes digits once.
+// Units come one after the other through the warp's slots, and at the end of each it leaves sums. After
+// a round of units warps meet, and add up; if there are several rounds each second one has sums of its
+// own, so that no warp has to wait until others have added up.
+//
+// SPLITS blocks are a cluster: they share inputs out, and end units by turns. What a warp leaves it
+// gives to the block that ends the unit. There is one round then.
+//
+// Also defined at compilation: UNEVEN, SPLITS.
 #define SHARERS (SPLITS * WARPS)  // of a unit
 #include "product.cuh"
 #include "cluster.cuh"
 
 #define COUNT_OF_X (SINGLE && DIGITS ? SPAN / 64 : VECTORS)  // vectors of a span that a lane has
 
+#if BITS == 4
+// What a group of x, as digits, needs beside them.
+struct Group {
+#if SINGLE
+    int start[4];  // from where sums begin: fields go from 0 to 15, and mean 8 less
+#endif
+    float by[2];   // what digits were divided by, of both columns that a lane has sums of
+#if ZEROS
+    float sum[2];  // of x
+#endif
+};
+#endif
+
 // A span of the input.
 struct Kept {
     uint4 x[NT][COUNT_OF_X];
-#if SINGLE
+#if BITS == 4
+    Group groups[NT][GROUPS_A_SPAN];
+#elif SINGLE
     const float2* groups;  // in shared memory, as `stage` leaves them
-#elif DIGITS
-    float2 groups[NT][GROUPS_A_SPAN][2];  // the same of both columns that a lane has sums of
 #endif
     __device__ __forceinline__ uint4 operator()(int n, int i, int) const { return x[n][i]; }
 };
 
-#if KEPT && DIGITS == 2
+#if BITS == 4
+#if SINGLE
+// Minus 8 times the sum of digits, for upper rows; lower rows are 16 times what they are.
+__device__ __forceinline__ void to_starts(Kept& kept) {
+    const u32 ones = 0x01010101u;
+#pragma unroll
+    for (int group = 0; group < GROUPS_A_SPAN; ++group) {
+        int sum[4] = {};
+#pragma unroll
+        for (int k = 0; k < GROUP / 32; ++k) {
+            const int i = group * (GROUP / 32) + k;
+            const uint4 b = kept.x[0][i / 2];
+            mma_left_unsigned(sum, ones, ones, ones, ones, i % 2 ? b.z : b.x, i % 2 ? b.w : b.y);
+        }
+#pragma unroll
+        for (int c = 0; c < 4; ++c) kept.groups[0][group].start[c] = sum[c] * (c < 2 ? -8 : -128);
+    }
+}
+
+// One span of a column: acc += W[:, span] x[span], of the upper rows a sixteenth. Fields are bytes by
+// a mask alone: those of upper rows as they are, of lower rows 16 times them. Lanes with t = 0 have
+// sums of two digits, with t = 1 of the third.
+__device__ __forceinline__ void multiply_kept(
+    float (&acc)[MT][NT][SUMS], const Slot& slot, const Kept& in, int lane) {
+    const int second = lane & 1 ? 0 : 256;
+#pragma unroll
+    for (int group = 0; group < GROUPS_A_SPAN; ++group) {
+        const Group& x = in.groups[0][group];
+        int part[CHAINS][MT][4] = {};
+#pragma unroll
+        for (int m = 0; m < MT; ++m)
+#pragma unroll
+            for (int c = 0; c < 4; ++c) part[0][m][c] = x.start[c];
+#pragma unroll
+        for (int k = 0; k < GROUP / 32; ++k) {
+            const int i = group * (GROUP / 32) + k;
+            const uint4 b = in.x[0][i / 2];
+#pragma unroll
+            for (int m = 0; m < MT; ++m) {
+                const uint4 four = slot.w[m][i / 2][lane];
+                const u32 u = i % 2 ? four.z : four.x, v = i % 2 ? four.w : four.y;
+                mma_left_unsigned(
+                    part[k % CHAINS][m], even_fields(u), odd_fields(u), even_fields(v), odd_fields(v),
+                    i % 2 ? b.z : b.x, i % 2 ? b.w : b.y);
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            const u32 pair = slot.scale[m][group][lane];
+            const float scale[2] = {half_low(pair), half_high(pair)};
+#if ZEROS
+            const u32 zero = slot.zero[m][group][lane];
+            const float more[2] = {low(zero) - 136.f, (high(zero) - 136.f) * 16.f};
+#endif
+#pragma unroll
+            for (int s = 0; s < 2; ++s) {
+                int first = part[0][m][2 * s], next = part[0][m][2 * s + 1];
+                if (CHAINS == 2)
+                    first += part[CHAINS - 1][m][2 * s], next += part[CHAINS - 1][m][2 * s + 1];
+                float y = (float)(first + next * second);
+#if ZEROS
+                y -= more[s] * x.sum[0];
+#endif
+                acc[m][0][s] += scale[s] * x.by[0] * y;
+            }
+        }
+    }
+}
+#else
+// One span of all columns: acc += W[:, span] x[span]. Fields are bytes, 16 times field - 8.
+__device__ __forceinline__ void multiply_kept(
+    float (&acc)[MT][NT][SUMS], const Slot& slot, const Kept& in, int lane) {
+    const u32 mask = 0xF0F0F0F0u;
+#pragma unroll
+    for (int group = 0; group < GROUPS_A_SPAN; ++group) {
+        int lower[MT][NT][4] = {}, upper[MT][NT][4] = {};
+#pragma unroll
+        for (int k = 0; k < GROUP / 32; ++k) {
+            const int i = group * (GROUP / 32) + k;
+#pragma unroll
+            for (int m = 0; m < MT; ++m) {
+                const uint4 four = slot.w[m][i / 2][lane];
+                const u32 u = i % 2 ? four.z : four.x, v = i % 2 ? four.w : four.y;
+                const u32 a[4] = {u << 4 & mask, u & mask, v << 4 & mask, v & mask};
+#pragma unroll
+                for (int n = 0; n < NT; ++n) {
+                    const uint4& b = in.x[n][i];
+                    mma_right_unsigned(lower[m][n], a[0], a[1], a[2], a[3], b.x, b.y);
+                    mma_bytes(upper[m][n], a[0], a[1], a[2], a[3], b.z, b.w);
+                }
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            const u32 pair = slot.scale[m][group][lane];
+            const float scale[2] = {half_low(pair), half_high(pair)};
+#if ZEROS
+            const u32 zero = slot.zero[m][group][lane];
+            const float more[2] = {(low(zero) - 136.f) * 16.f, (high(zero) - 136.f) * 16.f};
+#endif
+#pragma unroll
+            for (int n = 0; n < NT; ++n)
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    const Group& x = in.groups[n][group];
+                    float y = (float)(lower[m][n][c] + upper[m][n][c] * 256);
+#if ZEROS
+                    y -= more[c / 2] * x.sum[c % 2];
+#endif
+                    acc[m][n][c] += scale[c / 2] * x.by[c % 2] * y;
+                }
+        }
+    }
+}
+#endif
+#else
+#define multiply_kept multiply
+#endif
+
+#if DIGITS == 2
 // Eight numbers, in the order in which a byte of W has them, as bytes: the lower ones of all, without
 // sign, and the upper ones. Largest near 2^15.
 __device__ __forceinline__ void split(u32& lower, u32& upper, const float (&f)[4], float times) {
@@ -34,7 +171,7 @@ __device__ __forceinline__ void split(u32& lower, u32& upper, const float (&f)[4
 }
 
 // bf16 to digits, in place.
-__device__ __forceinline__ void to_digits(Kept& h, int lane) {
+__device__ __forceinline__ void to_digits(Kept& kept, int lane) {
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -43,15 +180,13 @@ __device__ __forceinline__ void to_digits(Kept& h, int lane) {
             float sum = 0.f;
 #pragma unroll
             for (int k = 0; k < GROUP / 32; ++k) {
-                const uint4 v = h.x[n][group * (GROUP / 32) + k];
-                const u32 of[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    both = __vmaxu2(both, of[e] & 0x7FFF7FFFu);
-                    if (ZEROS) sum += low(of[e]) + high(of[e]);
-                }
+                const uint4 v = kept.x[n][group * (GROUP / 32) + k];
+                both = largest(both, v);
+                if (ZEROS)
+                    sum += low(v.x) + high(v.x) + low(v.y) + high(v.y) + low(v.z) + high(v.z) +
+                           low(v.w) + high(v.w);
             }
-            u32 most = max(both << 16, both & 0xFFFF0000u);
+            u32 most = largest(both);
 #pragma unroll
             for (int l = 1; l < 4; l *= 2) {
                 most = max(most, __shfl_xor_sync(~0u, most, l));
@@ -59,18 +194,18 @@ __device__ __forceinline__ void to_digits(Kept& h, int lane) {
             }
             const u32 exponent = max(most >> 23, 19u);
             const float times = __uint_as_float(268 - exponent << 23);
-            // W is times 16. What is not a number, or too large, shall not become one.
-            const u32 by = exponent == 255 ? 0x7FC00000u : exponent - 18 << 23;
+            const float by = power(exponent, 18);  // W is times 16
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const int of = (lane & 3) * 8 + c * 4;  // a lane that has this column's x
-                h.groups[n][group][c] = make_float2(
-                    ZEROS ? __shfl_sync(~0u, sum * times * 16.f, of) : 0.f,
-                    __uint_as_float(__shfl_sync(~0u, by, of)));
+                kept.groups[n][group].by[c] = __shfl_sync(~0u, by, of);
+#if ZEROS
+                kept.groups[n][group].sum[c] = __shfl_sync(~0u, sum * times, of);
+#endif
             }
 #pragma unroll
             for (int k = 0; k < GROUP / 32; ++k) {
-                uint4& v = h.x[n][group * (GROUP / 32) + k];
+                uint4& v = kept.x[n][group * (GROUP / 32) + k];
                 const float f[2][4] = {{low(v.x), high(v.x), low(v.y), high(v.y)},
                                        {low(v.z), high(v.z), low(v.w), high(v.w)}};
                 split(v.x, v.z, f[0], times), split(v.y, v.w, f[1], times);
@@ -86,18 +221,30 @@ __device__ __forceinline__ void keep(
     const Later& later) {
     const int lane = threadIdx.x & 31;
 #if SINGLE && DIGITS
-    uint4* to = (uint4*)staged + from * (SPAN * 3 / 16);
-    float2* groups = (float2*)((uint4*)staged + K / 16 * 3) + from * GROUPS_A_SPAN;
+    uint4* to = (uint4*)staged + from * (SPAN * BYTES_OF_X / 16);
+    float2* groups = (float2*)((uint4*)staged + K / 16 * BYTES_OF_X) + from * GROUPS_A_SPAN;
     stage<32>(to, groups, x + from * (SPAN / 8), mine * (SPAN / 8), lane, later);
     __syncwarp();
     const u32 at = (u32)__cvta_generic_to_shared(to + lane);
 #pragma unroll
     for (int s = 0; s < KEPT; ++s) {
         if (UNEVEN && s == mine) break;
-        kept[s].groups = groups + s * GROUPS_A_SPAN;
 #pragma unroll
         for (int i = 0; i < COUNT_OF_X; ++i)
             kept[s].x[0][i] = first_lanes<12>(at + (s * COUNT_OF_X + i) * 192, lane);
+#if BITS == 4
+#pragma unroll
+        for (int group = 0; group < GROUPS_A_SPAN; ++group) {
+            const float2 x = groups[s * GROUPS_A_SPAN + group];
+            kept[s].groups[0][group].by[0] = (lane & 3) == 1 ? x.y * 65536.f : x.y;
+#if ZEROS
+            kept[s].groups[0][group].sum[0] = lane & 3 ? 0.f : x.x / 16.f;  // once
+#endif
+        }
+        to_starts(kept[s]);
+#else
+        kept[s].groups = groups + s * GROUPS_A_SPAN;
+#endif
     }
 #else
 #pragma unroll
@@ -137,12 +284,14 @@ struct Give {
     int rank;
     u64* barrier;
     template <class T>
-    __device__ __forceinline__ void operator()(T& to, const T& v) const { give(&to, rank, v, barrier); }
+    __device__ __forceinline__ void operator()(T& to, const T& v) const {
+        give(&to, rank, v, barrier);
+    }
 };
 
-// Parameters as of `linear.cu`'s; `each` counts a cluster's units. Dynamic shared memory: WARPS * DEPTH
-// slots, sums of SHARERS pairs a unit of a round that is the block's, twice if there are several
-// rounds; if SINGLE and digits x, and its sums over groups.
+// Parameters are those of `linear.cu`; `each` counts a cluster's units. Dynamic shared memory: WARPS *
+// DEPTH slots, sums of SHARERS pairs a unit of a round that the block ends, twice if there are several
+// rounds; if SINGLE and there are digits x, and what its groups need.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #if SPLITS > 1
     __cluster_dims__(SPLITS, 1, 1)
@@ -162,19 +311,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int end = first + each + (cluster < more), own = (round + SPLITS - 1) / SPLITS;
     const int rounds = each + (more > 0) > round ? 2 : 1, sharer = rank * WARPS + warp;
     const int from = sharer * spans / SHARERS, mine = (sharer + 1) * spans / SHARERS - from;
-    const int lanes = SINGLE ? 4 * MT : 8 * MT * ((columns + 1) / 2);  // that have four sums to give
+    const int lanes = SINGLE ? 4 * PARTS : 8 * ((columns + 1) / 2);  // that have four sums to give
     if (threadIdx.x == 0)
-        expect(&gifts, (end - first - rank + SPLITS - 1) / SPLITS * SHARERS * lanes * 16);
+        expect(&gifts, (end - first - rank + SPLITS - 1) / SPLITS * SHARERS * MT * lanes * 16);
     __syncwarp();
     arrive();  // others may write into this block
     Slot *const slots = ring + warp * DEPTH, *slot = slots;
     int left = (end - first) * mine;
     Source next = source(W, first, from, lane);
-    next.span = 0, next.run = mine;
+    const int jump = jump_of(W.K, mine);
+    next.span = 0;
+    // `last`: whether this is a unit's last, unless UNEVEN.
+    const auto bring = [&](Slot& to, bool last) {
+        const bool all = UNEVEN ? ++next.span == mine : last;
+        if (UNEVEN && all) next.span = 0;
+        fetch(to, next, W.K, lane, all, jump);
+    };
     auto ask = [&](int from, int to) {
 #pragma unroll 1
         for (int d = from; d < to; ++d) {
-            if (d < left) fetch(slots[d], next, W.K, lane);
+            if (d < left) bring(slots[d], (d + 1) % KEPT == 0);
             end_of_copies();
         }
     };
@@ -207,6 +363,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     int other = 0;  // where this round's sums begin
     for (int begin = first; begin < end; begin += round, other = own * SHARERS - other) {
         const int units = min(round, end - begin);
+        Sums* to = sums + other + sharer;
+        int whose = 0;  // SPLITS blocks end units by turns
 #pragma unroll 1
         for (int unit = 0; unit < units; ++unit) {
             float acc[MT][NT][SUMS] = {};
@@ -215,14 +373,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 if (UNEVEN && s == mine) break;
                 if (left == start_at) start_dependents();
                 wait_for_copies<DEPTH - 1>();
-                multiply(acc, *slot, kept[s], lane);
-                if (left > DEPTH) fetch(*slot, next, W.K, lane);
+                multiply_kept(acc, *slot, kept[s], lane);
+                if (left > DEPTH) bring(*slot, (s + DEPTH + 1) % KEPT == 0);
                 end_of_copies();
                 if (++slot == slots + DEPTH) slot = slots;
                 --left;
             }
-            leave(sums[other + unit / SPLITS * SHARERS + sharer], acc, columns, lane,
-                  Give{unit % SPLITS, &gifts});
+            leave(*to, acc, columns, lane, Give{whose, &gifts});
+            if (++whose == SPLITS) whose = 0, to += SHARERS;
         }
         wait_for_gifts(&gifts);
         const int tiles = (units - rank + SPLITS - 1) / SPLITS * (MT * NT);

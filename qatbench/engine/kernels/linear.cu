@@ -2,9 +2,9 @@
 // multiprocessor.
 //
 // W has `rows` outputs and K inputs, of 4 or 8 bits or bf16. 16 rows are a tile, MT tiles a unit. A
-// block has some units; their SPANs of inputs, in order, are shared out evenly among its warps, whatever the
-// ends of units. A warp multiplies its spans on the tensor cores (mma.m16n8k16, W as the left
-// operand, up to 8 * NT columns of x as the right one); at the end of a unit, or of its share, it
+// block has some units; their SPANs of inputs, in order, are shared out evenly among its warps,
+// whatever the ends of units. A warp multiplies its spans on the tensor cores (mma.m16n8k16, W as the
+// left operand, up to 8 * NT columns of x as the right one); at the end of a unit, or of its share, it
 // leaves its sums in shared memory. Warps meet once a round of units, where sums are added up.
 //
 // Weights come through shared memory: each warp has DEPTH spans on their way, into slots of its own
@@ -104,11 +104,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
         const int from = warp * share / WARPS, unit = warp * units / WARPS;
         int left = (warp + 1) * share / WARPS - from, span = from - unit * spans;
         Source next = source(W, begin + unit, span, lane);
+        const auto bring = [&](Slot& to) {
+            const bool all = (MT > 1 || BITS == 16) && ++next.span == spans;
+            if (all) next.span = 0;
+            fetch(to, next, W.K, lane, all, jump_of(W.K, spans));
+        };
         const int asked = begin == first ? DEPTH - held_back : DEPTH;
         auto ask = [&](int from, int to) {
 #pragma unroll 1
             for (int d = from; d < to; ++d) {
-                if (d < left) fetch(slots[d], next, W.K, lane);
+                if (d < left) bring(slots[d]);
                 end_of_copies();
             }
         };
@@ -176,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) linear(
             multiply(acc, *slot, now, lane);
             now.go_on(1);
 #endif
-            if (left > DEPTH) fetch(*slot, next, W.K, lane);
+            if (left > DEPTH) bring(*slot);
             end_of_copies();
             if (++slot == slots + DEPTH) slot = slots;
             --left;

@@ -1,4 +1,4 @@
-// What kernels of y = W x share: how W comes through shared memory, is multiplied, and sums are ended.
+// What kernels of y = W x share: how W comes through shared memory, is multiplied, and how sums end.
 //
 // Which input stands where inside a product does not matter as long as W and x agree: lane (g, t)
 // takes inputs 8t..8t+7 of every 32, so that it reads 16 bytes at a time, and only its own.
@@ -8,9 +8,11 @@
 // right operand: each group of it is times a power of two that brings its largest near 2^22, rounded,
 // and written with digits of -128 to 127. bf16 has 8 bits, so that what is lost is below 2^-23 of the
 // group's largest. Sums of a group are exact; what zero points other than 8 add is taken away by the
-// group's sum of x. For more columns fields are bf16, 128 + field: for up to eight a second product
-// takes 128 + zero away, which costs the tensor cores less than subtractions cost everything else.
-// Scales are applied to the sums of a group, in fp32.
+// group's sum of x. For more columns it is the same in `kept.cu`, with two digits, and a product for
+// each; what is lost is below 2^-15 of the group's largest. In `linear.cu` x would become digits again
+// and again: there fields are bf16, 128 + field, and for up to eight columns a second product takes
+// 128 + zero away, which costs the tensor cores less than subtractions cost everything else. Scales are
+// applied to the sums of a group, in fp32.
 //
 // The RMS norm of a product's input is split: whoever makes x also writes x times the norm's weight,
 // which is what comes in here, and adds up the squares of x; 1 / rms is applied to y.
@@ -36,7 +38,9 @@
 #define SUMS (SINGLE ? 2 : 4)  // of a tile and eight columns that a lane has
 #define VECTORS (SPAN / 32)    // of eight inputs that a lane has of a column and span
 #define DIGITS (BITS <= 8 ? SINGLE ? 3 : KEPT ? 2 : 0 : 0)  // of x; 0: it is bf16
-#define BYTES_OF_X (SINGLE && DIGITS ? 3 : 2)               // an input in shared memory
+#define PARTS (KEPT && BITS == 4 && SINGLE ? 2 : 1)  // of a row's sums, which have a lane each
+#define UPPER (PARTS == 2 ? 16.f : 1.f)  // what sums of a tile's upper rows were divided by
+#define BYTES_OF_X (SINGLE && DIGITS ? 3 : 2)        // an input in shared memory
 
 // One span of a unit on its way. A lane reads what it asked for itself: four lanes ask for the same
 // scales, which is faster than to share them.
@@ -65,10 +69,7 @@ struct Source {
 #else
     int lower;           // from there to the lower row, in vectors of 8
 #endif
-    int span;            // of those of this unit that are the warp's
-#if KEPT
-    int run;             // how many those are; else all
-#endif
+    int span;            // within the unit
 };
 
 __device__ __forceinline__ Source source(const Weights& W, int unit, int span, int lane) {
@@ -83,14 +84,10 @@ __device__ __forceinline__ Source source(const Weights& W, int unit, int span, i
 #endif
 }
 
-// Ask for a span, and go on.
-__device__ __forceinline__ void fetch(Slot& slot, Source& s, int K, int lane) {
+// Ask for a span, and go on. `all`: it was a unit's last; what follows is `jump` spans further on.
+__device__ __forceinline__ void fetch(
+    Slot& slot, Source& s, int K, int lane, bool all, int jump) {
     const int spans = K / SPAN;
-#if KEPT
-    const int run = s.run;
-#else
-    const int run = spans;
-#endif
 #if BITS <= 8
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
@@ -106,12 +103,11 @@ __device__ __forceinline__ void fetch(Slot& slot, Source& s, int K, int lane) {
 #endif
         }
     }
-    s.words += LOADS * 32, s.scales += GROUPS_A_SPAN * 8, s.zeros += GROUPS_A_SPAN * 8;
-    if ((MT > 1 || KEPT) && ++s.span == run) {
-        const int on = MT * spans - run;
-        s.span = 0, s.words += on * LOADS * 32;
-        s.scales += on * GROUPS_A_SPAN * 8, s.zeros += on * GROUPS_A_SPAN * 8;
-    }
+    const int on = all ? 1 + jump : 1;
+    s.words += on * LOADS * 32, s.scales += on * GROUPS_A_SPAN * 8;
+#if ZEROS
+    s.zeros += on * GROUPS_A_SPAN * 8;
+#endif
 #else
     const int rows = EPILOGUE == SWIGLU ? 8 : 16;
 #pragma unroll
@@ -120,8 +116,16 @@ __device__ __forceinline__ void fetch(Slot& slot, Source& s, int K, int lane) {
         copy_async(&slot.w[m][0][lane], a), copy_async(&slot.w[m][1][lane], b);
         copy_async(&slot.w[m][2][lane], a + 4), copy_async(&slot.w[m][3][lane], b + 4);
     }
-    s.words += 8;
-    if (++s.span == run) s.span = 0, s.words += rows * MT * (K / 8) - run * 8;
+    s.words += all ? 8 + jump * 8 : 8;
+#endif
+}
+
+// Spans from the end of a warp's of a unit to the first of the next's, where it has `run` of them.
+__device__ __forceinline__ int jump_of(int K, int run) {
+#if BITS <= 8
+    return MT * (K / SPAN) - run;
+#else
+    return (EPILOGUE == SWIGLU ? 8 : 16) * MT * (K / SPAN) - run;  // rows follow each other
 #endif
 }
 
@@ -172,48 +176,6 @@ __device__ __forceinline__ void multiply(
                     first += part[CHAINS - 1][m][2 * s], next += part[CHAINS - 1][m][2 * s + 1];
                 acc[m][0][s] += scale[s] * ((float)(first + next * second) - less[s]);
             }
-        }
-    }
-#elif DIGITS == 2
-#pragma unroll
-    for (int group = 0; group < GROUPS_A_SPAN; ++group) {
-        int part[2][MT][NT][4] = {};
-#pragma unroll
-        for (int k = 0; k < GROUP / 32; ++k) {
-            const int i = group * (GROUP / 32) + k;
-#pragma unroll
-            for (int m = 0; m < MT; ++m) {
-                const uint4 four = slot.w[m][i / 2][lane];
-                const u32 u = i % 2 ? four.z : four.x, v = i % 2 ? four.w : four.y;
-                const u32 mask = 0xF0F0F0F0u;
-                const u32 a[4] = {u << 4 & mask, u & mask, v << 4 & mask, v & mask};
-#pragma unroll
-                for (int n = 0; n < NT; ++n) {
-                    const uint4 b = in(n, i, lane);
-                    mma_unsigned_bytes(part[0][m][n], a[0], a[1], a[2], a[3], b.x, b.y);
-                    mma_bytes(part[1][m][n], a[0], a[1], a[2], a[3], b.z, b.w);
-                }
-            }
-        }
-#pragma unroll
-        for (int m = 0; m < MT; ++m) {
-            const u32 pair = slot.scale[m][group][lane];
-            const float scale[2] = {half_low(pair), half_high(pair)};
-#if ZEROS
-            const u32 zero = slot.zero[m][group][lane];
-            const float more[2] = {low(zero) - 136.f, high(zero) - 136.f};
-#endif
-#pragma unroll
-            for (int n = 0; n < NT; ++n)
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    const float2 x = in.groups[n][group][c % 2];
-                    float y = (float)(part[0][m][n][c] + part[1][m][n][c] * 256);
-#if ZEROS
-                    y -= more[c / 2] * x.x;
-#endif
-                    acc[m][n][c] += scale[c / 2] * x.y * y;
-                }
         }
     }
 #elif BITS == 4
@@ -304,7 +266,7 @@ __device__ __forceinline__ void multiply(
 // pair that has something to leave has an index of its own.
 struct Sums {
 #if SINGLE
-    float of[MT][16];
+    float of[MT][PARTS * 16];
 #else
     float4 of[MT][NT][32];
 #endif
@@ -319,13 +281,13 @@ __device__ __forceinline__ void leave(
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
 #if SINGLE
-#if BITS <= 8
+#if BITS <= 8 && PARTS == 1
 #pragma unroll
             for (int s = 0; s < 2; ++s)
                 acc[m][n][s] += 65536.f * __shfl_down_sync(~0u, acc[m][n][s], 1);
 #endif
-            if (lane % 4 == 0)
-                put(to.of[m][lane / 4], acc[m][n][0]), put(to.of[m][lane / 4 + 8], acc[m][n][1]);
+            float* const row = to.of[m] + lane % 4 * 16 + lane / 4;
+            if (lane % 4 < PARTS) put(row[0], acc[m][n][0]), put(row[8], acc[m][n][1]);
 #else
             if (n * 8 + (lane & 3) * 2 < columns)
                 put(to.of[m][n][lane],
@@ -357,8 +319,8 @@ __device__ __forceinline__ Early early(
 // Add up what warps left of tile and eight columns e of a round, times a factor for each column, and
 // finish it. All of a warp.
 __device__ __forceinline__ void end_of_tile(
-    const Sums* sums, u32 sharers, const Early& before, const float (&factors)[2], const Output& output,
-    u64& most, int e, int begin, int lane, int rows, int columns) {
+    const Sums* sums, u32 sharers, const Early& before, const float (&factors)[2],
+    const Output& output, u64& most, int e, int begin, int lane, int rows, int columns) {
     const int tile = e / NT, unit = tile / MT, m = tile % MT, last = sharers >> 16;
     int w = sharers & 0xFFFF;
 #if SINGLE
@@ -367,8 +329,11 @@ __device__ __forceinline__ void end_of_tile(
     w += lane / 16;
 #pragma unroll
     for (int j = 0; j < (SHARERS + 1) / 2; ++j, w += 2)
-        if (w <= last) y += sums[unit + w].of[m][lane % 16];
+        if (w <= last)
+#pragma unroll
+            for (int p = 0; p < PARTS; ++p) y += sums[unit + w].of[m][p * 16 + lane % 16];
     y += __shfl_xor_sync(~0u, y, 16);
+    if (!(lane & 8)) y *= UPPER;
     const float lower = __shfl_xor_sync(~0u, y, 8), f = factors[0];
     finish<1>(output, before.of[0], begin * MT + tile, lane % 8, 0, y * f, lower * f, rows, lane < 8);
 #if EPILOGUE == SCREEN
@@ -389,9 +354,9 @@ __device__ __forceinline__ void end_of_tile(
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
         const int n = column(e, lane, c), own = min(n, columns - 1);
-        const float f = factors[c];
-        finish<4>(output, before.of[c], begin * MT + tile, lane / 4, own, (c ? y.y : y.x) * f,
-                  (c ? y.w : y.z) * f, rows, n < columns);
+        const float upper = (c ? y.y : y.x) * factors[c], lower = (c ? y.w : y.z) * factors[c];
+        finish<4>(output, before.of[c], begin * MT + tile, lane / 4, own, upper, lower, rows,
+                  n < columns);
     }
 #endif
 }
@@ -405,6 +370,19 @@ __device__ __forceinline__ void end_of_screen(const Output& output, u64 most, in
 #endif
 }
 
+// Of pairs of bf16 the largest, without signs: of each half, and of both as fp32.
+__device__ __forceinline__ u32 largest(u32 so_far, const uint4& v) {
+    const u32 mask = 0x7FFF7FFFu;
+    return __vmaxu2(__vmaxu2(__vmaxu2(so_far, v.x & mask), __vmaxu2(v.y & mask, v.z & mask)),
+                    v.w & mask);
+}
+__device__ __forceinline__ u32 largest(u32 both) { return max(both << 16, both & 0xFFFF0000u); }
+// 2 to the power that an exponent's bits mean, less `by`. What is no number, or none that is finite,
+// has to stay that, though digits cannot tell.
+__device__ __forceinline__ float power(u32 exponent, int by) {
+    return __uint_as_float(exponent == 255 ? 0x7FC00000u : exponent - by << 23);
+}
+
 #if SINGLE
 // The first three bytes of four words, byte by byte, each less 128.
 __device__ __forceinline__ void split(u32 (&to)[3], u32 a, u32 b, u32 c, u32 d) {
@@ -414,10 +392,10 @@ __device__ __forceinline__ void split(u32 (&to)[3], u32 a, u32 b, u32 c, u32 d) 
     to[2] = __byte_perm(__byte_perm(a, b, 0x62), __byte_perm(c, d, 0x62), 0x5410) ^ 0x80808080u;
 }
 
-// x into shared memory by COUNT threads, `me` is one of them, a vector of eight a thread and turn. BITS 4, 8: digit by digit of 64 inputs, of
-// each those of lanes with t = 0 first, in the order in which a byte of W has them (see weights.py and
-// screen.py).
-// `asked`: is called when x, or its first part, has been asked for.
+// x into shared memory by COUNT threads, of which this is the one `me`, a vector of eight a thread and
+// turn. BITS 4, 8: digit by digit of 64 inputs, of each those of lanes with t = 0 first, in the order in
+// which a byte of W has them (see weights.py and screen.py). `asked`: is called when x, or its first
+// part, has been asked for.
 template <int COUNT, class Asked>
 __device__ __forceinline__ void stage(
     uint4* to, float2* groups, const uint4* x, int vectors, int me, const Asked& asked) {
@@ -437,19 +415,18 @@ __device__ __forceinline__ void stage(
 #if BITS <= 8
             const float f[8] = {low(v[j].x), high(v[j].x), low(v[j].y), high(v[j].y),
                                 low(v[j].z), high(v[j].z), low(v[j].w), high(v[j].w)};
-            float most = 0.f, sum = 0.f;
+            u32 most = largest(largest(0, v[j]));
+            float sum = 0.f;
 #pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                most = fmaxf(most, fabsf(f[e]));
+            for (int e = 0; e < 8; ++e)
                 if (ZEROS) sum += f[e];
-            }
 #pragma unroll
             for (int l = GROUP / 16; l; l /= 2) {
-                most = fmaxf(most, __shfl_xor_sync(~0u, most, l));
+                most = max(most, __shfl_xor_sync(~0u, most, l));
                 if (ZEROS) sum += __shfl_xor_sync(~0u, sum, l);
             }
             // Of numbers below 2^-101 not all digits are kept.
-            const u32 exponent = max(__float_as_uint(most) >> 23, 26u);
+            const u32 exponent = max(most >> 23, 26u);
             const float times = __uint_as_float(275 - exponent << 23);
             u32 digits[8];  // the last three bytes, each 128 more
 #pragma unroll
@@ -462,7 +439,7 @@ __device__ __forceinline__ void stage(
 #pragma unroll
             for (int d = 0; d < 3; ++d)
                 if (i < vectors) at[d * 8] = make_uint2(upper[d], lower[d]);
-            const float divided_by = __uint_as_float(exponent - 25 << 23);  // W is times 16
+            const float divided_by = power(exponent, 25);  // W is times 16
             if (i < vectors && i % (GROUP / 8) == 0)
                 groups[i * 8 / GROUP] = make_float2(sum * times * 16.f, divided_by);
 #else
