@@ -64,7 +64,6 @@ __device__ __forceinline__ void to_starts(Kept& kept) {
 // sums of two digits, with t = 1 of the third.
 __device__ __forceinline__ void multiply_kept(
     float (&acc)[MT][NT][SUMS], const Slot& slot, const Kept& in, int lane) {
-    const int second = lane & 1 ? 0 : 256;
 #pragma unroll
     for (int group = 0; group < GROUPS_A_SPAN; ++group) {
         const Group& x = in.groups[0][group];
@@ -79,27 +78,23 @@ __device__ __forceinline__ void multiply_kept(
             const uint4 b = in.x[0][i / 2];
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
-                const uint4 four = slot.w[m][i / 2][lane];
-                const u32 u = i % 2 ? four.z : four.x, v = i % 2 ? four.w : four.y;
-                mma_left_unsigned(
-                    part[k % CHAINS][m], even_fields(u), odd_fields(u), even_fields(v), odd_fields(v),
-                    i % 2 ? b.z : b.x, i % 2 ? b.w : b.y);
+                const uint2 w = two_words(slot, m, i, lane);
+                mma_left_unsigned(part[k % CHAINS][m], even_fields(w.x), odd_fields(w.x),
+                                  even_fields(w.y), odd_fields(w.y), i % 2 ? b.z : b.x,
+                                  i % 2 ? b.w : b.y);
             }
         }
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            const u32 pair = slot.scale[m][group][lane];
-            const float scale[2] = {half_low(pair), half_high(pair)};
+            const float2 both = scales(slot, m, group, lane);
+            const float scale[2] = {both.x, both.y};
 #if ZEROS
-            const u32 zero = slot.zero[m][group][lane];
-            const float more[2] = {low(zero) - 136.f, (high(zero) - 136.f) * 16.f};
+            const float2 beyond = beyond_8(slot, m, group, lane);
+            const float more[2] = {beyond.x, beyond.y * 16.f};
 #endif
 #pragma unroll
             for (int s = 0; s < 2; ++s) {
-                int first = part[0][m][2 * s], next = part[0][m][2 * s + 1];
-                if (CHAINS == 2)
-                    first += part[CHAINS - 1][m][2 * s], next += part[CHAINS - 1][m][2 * s + 1];
-                float y = (float)(first + next * second);
+                float y = (float)sum_of_digits(part, m, s, lane);
 #if ZEROS
                 y -= more[s] * x.sum[0];
 #endif
@@ -121,9 +116,8 @@ __device__ __forceinline__ void multiply_kept(
             const int i = group * (GROUP / 32) + k;
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
-                const uint4 four = slot.w[m][i / 2][lane];
-                const u32 u = i % 2 ? four.z : four.x, v = i % 2 ? four.w : four.y;
-                const u32 a[4] = {u << 4 & mask, u & mask, v << 4 & mask, v & mask};
+                const uint2 w = two_words(slot, m, i, lane);
+                const u32 a[4] = {w.x << 4 & mask, w.x & mask, w.y << 4 & mask, w.y & mask};
 #pragma unroll
                 for (int n = 0; n < NT; ++n) {
                     const uint4& b = in.x[n][i];
@@ -134,11 +128,11 @@ __device__ __forceinline__ void multiply_kept(
         }
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            const u32 pair = slot.scale[m][group][lane];
-            const float scale[2] = {half_low(pair), half_high(pair)};
+            const float2 both = scales(slot, m, group, lane);
+            const float scale[2] = {both.x, both.y};
 #if ZEROS
-            const u32 zero = slot.zero[m][group][lane];
-            const float more[2] = {(low(zero) - 136.f) * 16.f, (high(zero) - 136.f) * 16.f};
+            const float2 beyond = beyond_8(slot, m, group, lane);
+            const float more[2] = {beyond.x * 16.f, beyond.y * 16.f};
 #endif
 #pragma unroll
             for (int n = 0; n < NT; ++n)

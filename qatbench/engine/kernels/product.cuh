@@ -129,12 +129,43 @@ __device__ __forceinline__ int jump_of(int K, int run) {
 #endif
 }
 
+#if BITS == 4
+// A lane's words of 32 inputs, the i-th of a span.
+__device__ __forceinline__ uint2 two_words(const Slot& slot, int m, int i, int lane) {
+    const uint4 four = slot.w[m][i / 2][lane];
+    return i % 2 ? make_uint2(four.z, four.w) : make_uint2(four.x, four.y);
+}
+#endif
+#if BITS <= 8
+// Scales of a tile's rows g and g + 8, and (ZEROS) what their zero points are more than 8.
+__device__ __forceinline__ float2 scales(const Slot& slot, int m, int group, int lane) {
+    const u32 pair = slot.scale[m][group][lane];
+    return make_float2(half_low(pair), half_high(pair));
+}
+#if ZEROS
+__device__ __forceinline__ float2 beyond_8(const Slot& slot, int m, int group, int lane) {
+    const u32 pair = slot.zero[m][group][lane];
+    return make_float2(low(pair) - 136.f, high(pair) - 136.f);
+}
+#endif
+#endif
+#if DIGITS == 3
+// A row's sum of digits times their places, up to two of them: of rows g (0) or g + 8 (1). Lanes with
+// t = 0 have digits 0 and 1, with t = 1 digit 2 alone.
+__device__ __forceinline__ int sum_of_digits(
+    const int (&part)[CHAINS][MT][4], int m, int row, int lane) {
+    int first = part[0][m][2 * row], next = part[0][m][2 * row + 1];
+    if (CHAINS == 2)
+        first += part[CHAINS - 1][m][2 * row], next += part[CHAINS - 1][m][2 * row + 1];
+    return first + next * (lane & 1 ? 0 : 256);
+}
+#endif
+
 // One span of all columns: acc += W[:, span] x[span]. `in`: a span of x, with what groups of it need.
 template <class Input>
 __device__ __forceinline__ void multiply(
     float (&acc)[MT][NT][SUMS], const Slot& slot, const Input& in, int lane) {
 #if BITS <= 8 && SINGLE
-    const int second = lane & 1 ? 0 : 256;  // lanes with t = 0 have digits 0 and 1, with 1 digit 2
 #pragma unroll
     for (int group = 0; group < GROUPS_A_SPAN; ++group) {
         int part[CHAINS][MT][4] = {};
@@ -147,11 +178,10 @@ __device__ __forceinline__ void multiply(
             for (int m = 0; m < MT; ++m) {
                 const u32 b0 = i % 2 ? b.z : b.x, b1 = i % 2 ? b.w : b.y;
 #if BITS == 4
-                const uint4 four = slot.w[m][i / 2][lane];
-                const u32 u = i % 2 ? four.z : four.x, v = i % 2 ? four.w : four.y;
+                const uint2 w = two_words(slot, m, i, lane);
                 const u32 mask = 0xF0F0F0F0u;
-                mma_bytes(part[k % CHAINS][m], u << 4 & mask, u & mask, v << 4 & mask, v & mask,
-                          b0, b1);
+                mma_bytes(part[k % CHAINS][m], w.x << 4 & mask, w.x & mask, w.y << 4 & mask,
+                          w.y & mask, b0, b1);
 #else
                 const uint4 a = slot.w[m][i][lane];
                 mma_bytes(part[k % CHAINS][m], a.x, a.y, a.z, a.w, b0, b1);
@@ -161,21 +191,17 @@ __device__ __forceinline__ void multiply(
         const float2 x = in.groups[group];
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            const u32 pair = slot.scale[m][group][lane];
-            const float scale[2] = {half_low(pair) * x.y, half_high(pair) * x.y};
+            const float2 both = scales(slot, m, group, lane);
+            const float scale[2] = {both.x * x.y, both.y * x.y};
             float less[2] = {};
 #if ZEROS
-            const u32 zero = slot.zero[m][group][lane];
+            const float2 more = beyond_8(slot, m, group, lane);
             const float sum = lane & 3 ? 0.f : x.x;  // once
-            less[0] = (low(zero) - 136.f) * sum, less[1] = (high(zero) - 136.f) * sum;
+            less[0] = more.x * sum, less[1] = more.y * sum;
 #endif
 #pragma unroll
-            for (int s = 0; s < 2; ++s) {
-                int first = part[0][m][2 * s], next = part[0][m][2 * s + 1];
-                if (CHAINS == 2)
-                    first += part[CHAINS - 1][m][2 * s], next += part[CHAINS - 1][m][2 * s + 1];
-                acc[m][0][s] += scale[s] * ((float)(first + next * second) - less[s]);
-            }
+            for (int s = 0; s < 2; ++s)
+                acc[m][0][s] += scale[s] * ((float)sum_of_digits(part, m, s, lane) - less[s]);
         }
     }
 #elif BITS == 4
@@ -193,8 +219,7 @@ __device__ __forceinline__ void multiply(
             for (int n = 0; n < NT; ++n) b[n] = in(n, i, lane);
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
-                const uint4 four = slot.w[m][i / 2][lane];
-                const u32 words[2] = {i % 2 ? four.z : four.x, i % 2 ? four.w : four.y};
+                const uint2 words = two_words(slot, m, i, lane);
 #if ZEROS
                 const u32 pair = slot.zero[m][group][lane];
                 const u32 upper = __byte_perm(pair, 0, 0x1010) | 0x80008000u;
@@ -204,7 +229,7 @@ __device__ __forceinline__ void multiply(
 #endif
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
-                    const u32 w = words[j];
+                    const u32 w = j ? words.y : words.x;
                     const int c = j % CHAINS;
 #if RAISED
                     const u32 a[4] = {raised(w), raised(turned(w, 4)), raised(turned(w, 8)),
@@ -227,8 +252,8 @@ __device__ __forceinline__ void multiply(
         }
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            const u32 pair = slot.scale[m][group][lane];
-            const float scale[2] = {half_low(pair), half_high(pair)};
+            const float2 both = scales(slot, m, group, lane);
+            const float scale[2] = {both.x, both.y};
 #pragma unroll
             for (int n = 0; n < NT; ++n)
 #pragma unroll
