@@ -2,8 +2,8 @@
 
 `kernels/linear.cu` can be built with more or fewer warps, tiles and reads on their way, and so can
 `kernels/kept.cu`, whose warps keep their part of the input in registers; torch's dense product (for
-INT4 after dequantizing) is one more form. Which is the fastest depends on the
-shape, the number of columns, the card and the kernels around it: `forms` measures.
+INT4 after dequantizing) is one more form. Which is the fastest depends on the shape, the number of
+columns, the card and the kernels around it: `forms` measures.
 """
 
 from __future__ import annotations
@@ -196,17 +196,17 @@ class Product:
         return min(card.multiprocessors // form.splits, self._units(form))
 
     def _each(self, form: Form, card: Card) -> int:
-        """Units that a block has at most."""
+        """Units that a block has at most, or a cluster."""
         return -(-self._units(form) // self._clusters(form, card))
 
     def _round(self, form: Form, columns: int, card: Card) -> int:
         """Units that a block has sums for at once: all of its own, or equal parts of them."""
-        units = self._each(form, card)
-        most = _SUMS // _sums(form, columns, self.bits) - form.warps
-        if form.kept:
-            most = 2 * _SUMS // _sums(form, columns, self.bits) // form.warps
-            if form.splits > 1:
-                most *= 2 * (3 - form.blocks)
+        units, sums = self._each(form, card), _sums(form, columns, self.bits)
+        most = _SUMS // sums - form.warps
+        if form.kept:  # each warp leaves sums of each unit
+            most = 2 * _SUMS // sums // form.warps
+            if form.splits > 1:  # which have one round alone
+                most *= 2 if form.blocks == 2 else 4
             most = most if units <= most else most // 2
         most = max(1, min(most, 32 * form.warps))  # a thread looks up who shares a unit
         return -(-units // -(-units // most))

@@ -172,7 +172,7 @@ def first_guess(fused: Fused, rows: int) -> Chosen:
     card = Card.current()
     products: dict[int, Form] = {}
     for alike in fused.kinds(rows).values():
-        forms = alike[0].forms(rows, card)
+        forms = [form for form in alike[0].forms(rows, card) if not form.kept]
         wished = (form for form in forms if (form.warps, form.tiles, form.blocks) == (16, 1, 2))
         products |= dict.fromkeys(map(id, alike), next(wished, forms[-1]))
     return Chosen(products, attentions(fused, rows)[0], rows == 1)
