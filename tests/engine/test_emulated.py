@@ -313,6 +313,16 @@ def begun(
     return slow, started.state, step
 
 
+def keep_the_input(step: Step) -> None:
+    """In products of which a form does."""
+    rows, kept = len(step.token), 0
+    for alike in step.fused.kinds(rows).values():
+        if forms := [form for form in alike[0].forms(rows, Card.current()) if form.kept]:
+            step.chosen.products |= dict.fromkeys(map(id, alike), forms[-1])
+            kept += forms[-1].splits
+    assert kept
+
+
 @pytest.mark.parametrize(("family", "lengths", "packed"), CASES, ids=str)
 @torch.inference_mode()
 def test_steps_are_those_of_torch(
@@ -328,6 +338,8 @@ def test_steps_are_those_of_torch(
     for i in range(3):
         form = (every[0], wider[-1], wider[0])[i]
         step.chosen.attention = replace(form, splits=(1, 2, 4)[i], near=i, late=bool(i % 2))
+        if i == 2:
+            keep_the_input(step)
         for key, chosen in step.chosen.products.items():
             step.chosen.products[key] = replace(chosen, held_back=min(i, chosen.depth))
         device.late = [
