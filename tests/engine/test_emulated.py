@@ -183,17 +183,25 @@ def test_digits_keep_a_column_of_any_size(
 
 
 @pytest.mark.parametrize("zeros", [False, True])
-def test_two_digits_are_off_by_no_more_than_they_say(device: Device, zeros: bool) -> None:
+@pytest.mark.parametrize(
+    ("form", "columns", "lost"),
+    [(Form(8, 1, 2, 2, 64), 1, 2**-23), (KEEPING, 1, 2**-23), (KEEPING, 8, 2**-15)],
+    ids=["one column", "one that is kept", "eight that are kept"],
+)
+def test_digits_are_off_by_no_more_than_they_say(
+    device: Device, form: Form, columns: int, lost: float, zeros: bool
+) -> None:
     """A number in each group is far larger than the others, as activations have them."""
     torch.manual_seed(0)
     a = affine(64, 512, 64, zeros, "cpu")
-    x = torch.randn(8, 512)
+    x = torch.randn(columns, 512)
     x[:, 5::64] *= 1000
     x = x.bfloat16()
     want, weights = x.double() @ dense(a).T, dense(a).abs().view(64, -1, 64).sum(-1)
-    largest = x.double().abs().view(8, -1, 64).amax(-1)
-    off = (logits(device, a, x, KEEPING) - want).abs()
-    assert bool((off <= 2**-15 * largest @ weights.T + 1e-6 * want.abs().max()).all())
+    largest = x.double().abs().view(columns, -1, 64).amax(-1)
+    off = (logits(device, a, x, form) - want).abs()
+    sums = 8 * 2**-24 * (x.double().abs() @ dense(a).abs().T)  # of eight groups, in fp32
+    assert bool((off <= lost * largest @ weights.T + sums).all())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
