@@ -219,13 +219,16 @@ def test_linear_compiles_for_every_weight_epilogue_and_batch(roomiest: bool, kep
 
 
 @needs_nvrtc
-def test_screens_compile_in_all_forms() -> None:
+def test_screens_compile() -> None:
     cases: list[Case] = []
     for group, card in ((128, HOPPER), (64, AMPERE), (32, HOPPER)):
         p = product(8, group, False, SCREEN, rows=32064)
         forms = own_forms(p, 1, card)
         assert len(forms) >= 8
-        cases += [(form.source, p._defines(form, 1), card) for form in forms]
+        some = [form for form in forms if not form.kept] + [form for form in forms if form.kept][
+            ::4
+        ]
+        cases += [(form.source, p._defines(form, 1), card) for form in some]
     images = compile_all(cases)
     check(images, "linear")
     stacks = [max(attribute(image, FRAME)) for image in images.values()]
