@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -182,10 +182,8 @@ def _without_spills(product: Product, rows: int) -> list[Form]:
     every = product.forms(rows, Card.current())
     own = [form for form in every if form != LIBRARY]
     compile_all([(product, form) for form in own], rows)
-    least = min((product.build(form, rows).spilled for form in own), default=0)
-    most = max(least, FEW)
     kernels = {form: product.build(form, rows) for form in own}
-    return [f for f in every if f == LIBRARY or (kernels[f].fits and kernels[f].spilled <= most)]
+    return [form for form in every if form == LIBRARY] + _with_room(kernels)
 
 
 def _attentions_without_spills(step: Step, rows: int) -> list[Attention]:
@@ -196,5 +194,11 @@ def _attentions_without_spills(step: Step, rows: int) -> list[Attention]:
         (form.source[0], form.defines(sizes.group, sizes.head, norms)) for form in every
     )
     kernels = {form: step.attention_kernel(form, norms) for form in every}
+    return _with_room(kernels)
+
+
+def _with_room(kernels: Mapping[Any, cuda.Kernel]) -> list[Any]:
+    """Forms that the device takes and whose registers suffice, almost, or lack the fewest."""
     spilled = {form: kernel.spilled for form, kernel in kernels.items() if kernel.fits}
-    return [form for form in spilled if spilled[form] <= max(FEW, min(spilled.values()))]
+    most = max(FEW, min(spilled.values(), default=0))
+    return [form for form in spilled if spilled[form] <= most]

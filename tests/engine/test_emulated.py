@@ -449,24 +449,31 @@ def test_a_screen_that_trusts_itself_is_noticed(
     assert others
 
 
-@pytest.mark.parametrize("what", list(BROKEN))
-def test_a_broken_kernel_is_noticed(device: Device, what: str, break_source: Break) -> None:
-    torch.manual_seed(0)
-    a = affine(96, 512, 128, False, "cpu")
-    x = torch.randn(1, 512).bfloat16()
+def check_is_noticed(
+    device: Device, a: Affine, x: Tensor, form: Form, change: Callable[[], None], told: str
+) -> None:
+    """W x is right, and after the change it is wrong, or fails with what is told."""
     want = x.double() @ dense(a).T
 
     def wrong() -> float:
-        return error(logits(device, a, x, Form(8, 1, 2, 2, 128, held_back=1)).nan_to_num(1e9), want)
+        return error(logits(device, a, x, form).nan_to_num(1e9), want)
 
     assert wrong() < 3e-5
-    replaced, told = BROKEN[what]
-    break_source("linear.cu", replaced)
+    change()
     if told:
         with pytest.raises(AssertionError, match=told):
             wrong()
     else:
         assert wrong() > 0.01
+
+
+@pytest.mark.parametrize("what", list(BROKEN))
+def test_a_broken_kernel_is_noticed(device: Device, what: str, break_source: Break) -> None:
+    torch.manual_seed(0)
+    a = affine(96, 512, 128, False, "cpu")
+    x, form = torch.randn(1, 512).bfloat16(), Form(8, 1, 2, 2, 128, held_back=1)
+    replaced, told = BROKEN[what]
+    check_is_noticed(device, a, x, form, lambda: break_source("linear.cu", replaced), told)
 
 
 MEETS = "        wait_for_gifts(&gifts);\n"
@@ -491,18 +498,7 @@ def test_a_broken_kernel_that_keeps_the_input_is_noticed(
     form = replace(KEEPING, held_back=1, splits=2 if told else 1, warps=4 if told else 8)
     a = affine(96 if told else 768, 512, 64, False, "cpu")
     x = torch.randn(4, 512).bfloat16()
-    want = x.double() @ dense(a).T
-
-    def wrong() -> float:
-        return error(logits(device, a, x, form).nan_to_num(1e9), want)
-
-    assert wrong() < 3e-5
-    break_source("kept.cu", replaced)
-    if told:
-        with pytest.raises(AssertionError, match=told):
-            wrong()
-    else:
-        assert wrong() > 0.01
+    check_is_noticed(device, a, x, form, lambda: break_source("kept.cu", replaced), told)
 
 
 EXPECTS_MORE = {

@@ -225,9 +225,8 @@ def test_screens_compile() -> None:
         p = product(8, group, False, SCREEN, rows=32064)
         forms = own_forms(p, 1, card)
         assert len(forms) >= 8
-        some = [form for form in forms if not form.kept] + [form for form in forms if form.kept][
-            ::4
-        ]
+        kept = [form for form in forms if form.kept]
+        some = [form for form in forms if not form.kept] + kept[::4]
         cases += [(form.source, p._defines(form, 1), card) for form in some]
     images = compile_all(cases)
     check(images, "linear")
